@@ -1,0 +1,71 @@
+"""`logitcache verify`: the report on the screen, its JSON, its statuses."""
+
+import json
+
+import pytest
+
+from logitcache_storage.cli import main
+from logitcache_storage.commit import commit_path, load_commit, load_plan, quarantine_shard
+from logitcache_storage.objects import open_store
+from logitcache_storage.testing import make_identity, make_samples, write_cache
+
+
+@pytest.fixture
+def url(tmp_path):
+    samples, topks = make_samples(20, 5, 30)
+    write_cache(str(tmp_path), samples, topks, identity=make_identity(k=5, vocab_size=30, shard_rows=50))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("words", [[], ["--deep"]])
+def test_an_intact_cache(url, words, capsys):
+    assert main(["verify", url, *words]) == 0
+    out, err = capsys.readouterr()
+    assert "damage   none" in out and err == ""
+
+
+def test_damage_is_named_with_its_remedy_and_is_status_one(url, tmp_path, capsys):
+    broken = load_commit(open_store(url), 1).objects[0].path
+    (tmp_path / broken).write_bytes(b"")
+    assert main(["verify", url]) == 1
+    out = capsys.readouterr().out
+    assert f"  {broken}: 0 bytes where the commit says" in out
+    assert f"remove manifest.json and {commit_path(1)}, and run the same 'logitcache build'" in out
+
+
+def test_the_remedy_works(url, tmp_path):
+    """What the screen says to do leaves a cache that is intact and asks for exactly the damaged shard."""
+    (tmp_path / load_commit(open_store(url), 1).objects[0].path).write_bytes(b"")
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / commit_path(1)).unlink()
+    assert main(["verify", url]) == 0
+
+
+def test_what_no_build_can_restore_is_said(url, tmp_path, capsys):
+    (tmp_path / load_plan(open_store(url)).vocabulary.path).unlink()
+    assert main(["verify", url]) == 1
+    assert "restore it from a copy, or build a new cache" in capsys.readouterr().out
+
+
+def test_json(url, tmp_path, capsys):
+    broken = load_commit(open_store(url), 1).objects[0].path
+    (tmp_path / broken).unlink()
+    assert main(["verify", url, "--deep", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["intact"] and found["deep"]
+    assert [(d["path"], d["shard"]) for d in found["damage"]] == [(broken, 1)]
+
+
+def test_quarantine_is_listed_and_is_no_damage(tmp_path, capsys):
+    samples, topks = make_samples(20, 5, 30)
+    identity = make_identity(k=5, vocab_size=30, shard_rows=50)
+    write_cache(str(tmp_path), samples, topks, identity=identity, commit_shards=1)
+    quarantine_shard(open_store(str(tmp_path)), 2, ["\x1b[31mworker lost"])
+    assert main(["verify", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert r"shard 2 after 1 attempts: \x1b[31mworker lost" in out and "\x1b" not in out
+
+
+def test_no_cache(tmp_path, capsys):
+    assert main(["verify", str(tmp_path / "nothing")]) == 2
+    assert "logitcache verify: no cache at" in capsys.readouterr().err
