@@ -1,0 +1,172 @@
+"""From corpus and teacher to the identity and the plan of a cache, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from logitcache_pipeline.columns import extra_columns
+from logitcache_pipeline.corpus import CorpusSurvey, read_records, survey
+from logitcache_pipeline.fingerprint import teacher_identity, tokenizer_identity_of
+from logitcache_pipeline.plan import PlanSummary, default_shard_rows, plan_tables
+from logitcache_pipeline.settings import BuildSettings
+from logitcache_pipeline.tokenize import Excluded, TokenizedSample, TokenizeSettings, tokenize_records
+from logitcache_pipeline.vocabulary import vocabulary_table
+from logitcache_storage.commit import commit_plan, new_attempt, write_parquet, write_samples
+from logitcache_storage.errors import CorpusError, InputError
+from logitcache_storage.objects import ObjectStore
+from logitcache_storage.progress import Meter, progress
+from logitcache_storage.schema import CacheIdentity, CorpusIdentity, PlanRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus that was surveyed, and all it takes to plan it."""
+
+    settings: BuildSettings
+    corpus: CorpusSurvey
+    tokenizer: PreTrainedTokenizerBase
+    tokenize_settings: TokenizeSettings
+    vocab_size: int
+    storage_options: Mapping[str, Any] | None
+
+    @property
+    def shard_rows(self) -> int:
+        """Target rows of a shard."""
+        return self.settings.shard_rows or default_shard_rows(self.corpus.num_bytes)
+
+    def identity(self, dtype: str) -> CacheIdentity:
+        """What the cache will be a cache of, with a teacher of this arithmetic.
+
+        Raises:
+            InputError: k is above the vocabulary size, or another setting is out of range.
+        """
+        settings = self.settings
+        return CacheIdentity(
+            teacher=teacher_identity(settings.teacher, dtype=dtype, engine=settings.engine),
+            tokenizer=tokenizer_identity_of(self.tokenizer),
+            corpus=CorpusIdentity(self.corpus.fingerprint, self.corpus.num_records, asdict(self.tokenize_settings)),
+            vocab_size=self.vocab_size,
+            k=settings.k,
+            kept_mass=settings.kept_mass,
+            precision=settings.precision,
+            container=settings.format,
+            shard_rows=self.shard_rows,
+        )
+
+    def plan(self, meter: Meter) -> Iterator[pa.Table | PlanSummary]:
+        """Tables of samples, and last their summary (`plan.plan_tables`); the meter counts records."""
+        shape = self.tokenize_settings.shape(self.corpus.fields, source_id=self.settings.data[0])
+        records = read_records(self.settings.data, self.storage_options)
+        samples = tokenize_records(records, self.tokenizer, self.tokenize_settings)
+        return plan_tables(
+            _inside_vocabulary(samples, self.vocab_size, meter),
+            shard_rows=self.shard_rows,
+            extra_columns=extra_columns(self.corpus.columns, shape.text_fields),
+        )
+
+
+def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None = None) -> Prepared:
+    """Load tokenizer and config, and survey the corpus.
+
+    Args:
+        settings: of the build.
+        storage_options: for the corpus's URLs, handed to fsspec.
+
+    Raises:
+        InputError: no tokenizer, no config, no such file, or a record that cannot be used.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = _load("config", AutoConfig, settings.teacher).get_text_config()
+    if settings.k > config.vocab_size:
+        raise InputError(f"k must be between 1 and the teacher's vocabulary size {config.vocab_size}, got {settings.k}")
+    tokenizer = _load("tokenizer", AutoTokenizer, settings.teacher)
+    longest = getattr(config, "max_position_embeddings", None)
+    if settings.max_length is not None and longest is not None and settings.max_length > longest:
+        raise InputError(f"max_length {settings.max_length} is above the {longest} tokens the teacher takes")
+    tokenize_settings = TokenizeSettings(
+        max_length=settings.max_length or longest,
+        overlong=settings.overlong,
+        prompt_field=settings.prompt_field,
+        response_field=settings.response_field,
+    )
+    found = survey(settings.data, storage_options)
+    return Prepared(settings, found, tokenizer, tokenize_settings, config.vocab_size, storage_options)
+
+
+def write_plan(store: ObjectStore, prepared: Prepared) -> PlanRecord:
+    """Tokenize the corpus, write the samples table and the vocabulary, and commit the plan."""
+    attempt = new_attempt()
+    with progress("planning", total=prepared.corpus.num_records, unit="records") as meter:
+        stream = _Stream(prepared.plan(meter))
+        parts = write_samples(store, attempt, stream)
+    vocabulary = write_parquet(store, f"vocabulary/{attempt}.parquet", vocabulary_table(prepared.tokenizer))
+    summary = stream.summary
+    return commit_plan(
+        store,
+        PlanRecord(
+            num_samples=summary.num_samples,
+            num_tokens=summary.num_tokens,
+            num_rows=summary.num_rows,
+            shard_num_rows=summary.shard_num_rows,
+            report=summary.report,
+            parts=parts,
+            vocabulary=vocabulary,
+        ),
+    )
+
+
+def plan_summary(prepared: Prepared) -> PlanSummary:
+    """What the plan would be, without writing anything."""
+    with progress("planning", total=prepared.corpus.num_records, unit="records") as meter:
+        stream = _Stream(prepared.plan(meter))
+        for _ in stream:
+            pass
+    return stream.summary
+
+
+def _load(what: str, auto_class: Any, path: str) -> Any:
+    try:
+        return auto_class.from_pretrained(path)
+    except Exception as e:  # the libraries raise a dozen kinds of errors, some of no class of their own
+        problem = (
+            f"cannot load its {what}" if Path(path).is_dir() else "neither a folder nor a model that the hub gives"
+        )
+        raise InputError(f"the teacher {path!r}: {problem}: {' '.join(str(e).split())}") from e
+
+
+class _Stream:
+    """The tables of a plan, one at a time; the summary that ends them is kept."""
+
+    summary: PlanSummary
+
+    def __init__(self, items: Iterator[pa.Table | PlanSummary]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[pa.Table]:
+        for item in self._items:
+            if isinstance(item, PlanSummary):
+                self.summary = item
+            else:
+                yield item
+
+
+def _inside_vocabulary(
+    samples: Iterable[TokenizedSample | Excluded], vocab_size: int, meter: Meter
+) -> Iterator[TokenizedSample | Excluded]:
+    for sample in samples:
+        if isinstance(sample, TokenizedSample) and int(sample.input_ids.max()) >= vocab_size:
+            raise CorpusError(
+                f"{sample.source_id}: token id {int(sample.input_ids.max())}, the teacher's vocabulary is"
+                f" 0..{vocab_size - 1}; the tokenizer beside the teacher is not its own"
+            )
+        meter.advance(1)
+        yield sample

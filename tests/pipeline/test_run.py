@@ -1,0 +1,293 @@
+"""The driver's loop over real Ray actors that raise, die, hang or never start, as they are told to."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from logitcache_pipeline.run import RunSettings, run_shards
+from logitcache_pipeline.worker import ShardOutcome, ShardTask
+from logitcache_storage.errors import BuildError, MismatchError, StoreError
+
+pytestmark = pytest.mark.timeout(60)
+ALWAYS = 99
+Faults = dict[str | int, tuple[str, int]]
+"""What happens to a shard, or at the start of a worker, and at how many attempts."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def driver(ray_address: str) -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(ray_address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logitcache_pipeline.run.POLL_SECONDS", 0.1)
+
+
+class FaultyWorker:
+    """Does to each shard what it is told, for the first so many attempts at it; a folder counts them."""
+
+    def __init__(self, folder: Path, faults: Faults) -> None:
+        self._folder, self._faults = folder, faults
+        self._started = False
+
+    def start(self) -> str:
+        self._suffer("start")
+        self._started = True
+        return f"worker {os.getpid()}"
+
+    def score(self, task: ShardTask) -> ShardOutcome:
+        assert self._started, "given work before it had started"
+        self._suffer(task.shard)
+        return ShardOutcome(task.shard, task.num_rows, 1, 0.0, scored=True)
+
+    def _suffer(self, name: str | int) -> None:
+        fault, num_attempts = self._faults.get(name, ("none", 0))
+        with (self._folder / str(name)).open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        if attempts(self._folder, name) > num_attempts:
+            return
+        match fault:
+            case "raise":
+                raise RuntimeError(f"{name} is bad")
+            case "exit":
+                os._exit(1)
+            case "hang":
+                (self._folder / "hanging").touch()
+                threading.Event().wait()
+            case "hold":
+                while not (self._folder / "go").exists():
+                    time.sleep(0.05)
+            case "slow":
+                time.sleep(0.5)
+            case "no store":
+                raise StoreError("the bucket cannot be reached")
+            case "other teacher":
+                raise MismatchError("another checkpoint")
+
+
+@dataclass
+class Events:
+    """An observer that writes down what it is told."""
+
+    committed_shards: list[int] = field(default_factory=list)
+    failures: list[tuple[int, int]] = field(default_factory=list)
+    quarantined: dict[int, list[str]] = field(default_factory=dict)
+    lost_workers: list[str] = field(default_factory=list)
+    num_waiting: int = 0
+
+    def committed(self, outcome: ShardOutcome) -> None:
+        self.committed_shards.append(outcome.shard)
+
+    def failed(self, shard: int, attempt: int, reason: str) -> None:
+        self.failures.append((shard, attempt))
+
+    def quarantine(self, shard: int, reasons: list[str]) -> None:
+        assert shard not in self.quarantined
+        self.quarantined[shard] = list(reasons)
+
+    def worker_failed(self, reason: str) -> None:
+        self.lost_workers.append(reason)
+
+    def waiting(self, seconds: float) -> None:
+        self.num_waiting += 1
+
+
+def run(
+    folder: Path,
+    num_shards: int,
+    faults: Faults | Callable[[], Faults],
+    *,
+    cpus: float = 0.5,
+    places: Iterator[dict[str, float]] | None = None,
+    events: Events | None = None,
+    **settings: Any,
+) -> Events:
+    """Run the loop, and check what holds in every run: each shard is committed or quarantined, and once.
+
+    Args:
+        folder: counts the attempts.
+        num_shards: how many there are.
+        faults: of every worker, or a function that says those of the next one.
+        cpus: of a worker.
+        places: custom resources of the first workers.
+        events: what is told of the run goes here.
+        settings: of the run.
+    """
+
+    def make_worker() -> Any:
+        options = {
+            "num_cpus": cpus,
+            "resources": next(places or iter(()), None),
+            "max_restarts": -1,
+            "max_task_retries": 0,
+        }
+        return ray.remote(FaultyWorker).options(**options).remote(folder, faults() if callable(faults) else faults)
+
+    events = events or Events()
+    tasks = [ShardTask(shard, np.arange(3), 10) for shard in range(num_shards)]
+    run_shards(tasks, make_worker, RunSettings(**settings), events)
+    assert Counter([*events.committed_shards, *events.quarantined]) == Counter(range(num_shards))
+    return events
+
+
+def attempts(folder: Path, name: str | int) -> int:
+    path = folder / str(name)
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@contextmanager
+def doing(action: Callable[[], None], *, when: Callable[[], bool]) -> Iterator[None]:
+    """Do something beside the block, as soon as it may be done."""
+
+    def wait_and_do() -> None:
+        while not when():
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait_and_do, daemon=True)
+    thread.start()
+    yield
+    thread.join(30)
+
+
+def test_all_shards_in_order(tmp_path):
+    events = run(tmp_path, 7, {})
+    assert events.committed_shards == list(range(7))
+    assert not events.failures
+    assert attempts(tmp_path, "start") == 1
+
+
+def test_no_tasks_start_no_worker(tmp_path):
+    run(tmp_path, 0, {}, num_workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["raise", "exit"])
+def test_a_passing_fault_costs_an_attempt(tmp_path, fault):
+    events = run(tmp_path, 5, {2: (fault, 1)})
+    assert events.failures == [(2, 1)]
+    assert sorted(events.committed_shards) == list(range(5))
+    assert attempts(tmp_path, 2) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("raise", "RuntimeError: 2 is bad"), ("exit", "its worker died or cannot be reached")]
+)
+def test_a_lasting_fault_is_quarantined_and_the_others_are_done(tmp_path, fault, reason):
+    events = run(tmp_path, 5, {2: (fault, ALWAYS)}, max_attempts=2)
+    assert events.failures == [(2, 1), (2, 2)]
+    # A shard that takes its worker down goes last.
+    assert events.committed_shards == [0, 1, 3, 4]
+    assert len(events.quarantined[2]) == attempts(tmp_path, 2) == 2
+    assert all(found.startswith(reason) and "(on worker " in found for found in events.quarantined[2])
+
+
+@pytest.mark.slow
+def test_many_faults_at_once_lose_only_the_shards_that_cannot_be_scored(tmp_path):
+    faults = {
+        "start": ("exit", 1),
+        1: ("raise", 1),
+        3: ("exit", 1),
+        5: ("exit", ALWAYS),
+        6: ("no store", 1),
+        8: ("hang", ALWAYS),
+        9: ("raise", ALWAYS),
+    }
+    events = run(tmp_path, 10, faults, num_workers=2, max_attempts=2, shard_deadline=2.0)
+    assert sorted(events.quarantined) == [5, 8, 9]
+    assert [len(reasons) for reasons in events.quarantined.values()] == [2, 2, 2]
+    assert all("no answer within 2 s" in reason for reason in events.quarantined[8])
+    assert Counter(shard for shard, _ in events.failures) == {1: 1, 3: 1, 5: 2, 6: 1, 8: 2, 9: 2}
+    for shard in range(10):
+        numbers = [attempt for failed, attempt in events.failures if failed == shard]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_no_more_workers_than_shards(tmp_path):
+    events = run(tmp_path, 2, {0: ("slow", 1), 1: ("slow", 1)}, num_workers=5)
+    assert sorted(events.committed_shards) == [0, 1]
+    assert attempts(tmp_path, "start") == 2
+
+
+def test_a_worker_that_finds_no_room_is_not_waited_for(tmp_path):
+    """Two workers that each want three of the cluster's four cores."""
+    events = run(tmp_path, 3, {}, cpus=3, num_workers=2)
+    assert events.committed_shards == [0, 1, 2]
+    assert attempts(tmp_path, "start") == 1
+
+
+def test_a_worker_that_never_answers_is_not_waited_for(tmp_path):
+    events = run(tmp_path, 3, {"start": ("hang", 1)}, num_workers=2)
+    assert events.committed_shards == [0, 1, 2]
+
+
+def test_a_run_says_that_no_worker_has_started(tmp_path, monkeypatch):
+    monkeypatch.setattr("logitcache_pipeline.run.WAITING_NOTE_SECONDS", 0.1)
+    events = run(tmp_path, 1, {"start": ("slow", 1), 0: ("slow", 1)})
+    assert events.num_waiting >= 2
+    assert events.committed_shards == [0]
+
+
+@pytest.mark.parametrize("fault", ["exit", "no store"])
+def test_a_worker_that_starts_at_the_second_attempt(tmp_path, fault):
+    events = run(tmp_path, 3, {"start": (fault, 1)})
+    assert events.committed_shards == [0, 1, 2]
+    assert (len(events.lost_workers), attempts(tmp_path, "start")) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("raise", "RuntimeError: start is bad"), ("no store", "the bucket cannot be reached")],
+)
+def test_a_worker_that_never_starts_ends_the_run(tmp_path, fault, reason):
+    with pytest.raises(BuildError, match=f"no worker can start, 2 attempts in a row failed: {reason}"):
+        run(tmp_path, 3, {"start": (fault, ALWAYS)}, max_attempts=2)
+    assert attempts(tmp_path, "start") == 2
+
+
+def test_a_run_goes_on_without_a_worker_that_never_starts(tmp_path):
+    """The first worker is the only good one, and is held until the other has been given up."""
+    good, bad = {0: ("hold", 1)}, {"start": ("raise", ALWAYS)}
+    workers, events = iter([good]), Events()
+    with doing(lambda: (tmp_path / "go").touch(), when=lambda: len(events.lost_workers) == 2):
+        run(tmp_path, 3, lambda: next(workers, bad), events=events, num_workers=2, max_attempts=2)
+    assert events.committed_shards == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_its_shard_an_attempt(tmp_path, cluster):
+    """One worker on each of two nodes; the second node goes for good while it is scoring."""
+    node = cluster.add_node(num_cpus=1, resources={"second": 1})
+
+    def pull_the_plug() -> None:
+        cluster.remove_node(node, allow_graceful=False)
+        (tmp_path / "go").touch()
+
+    bad, good = (dict.fromkeys(range(4), fault) for fault in (("hang", ALWAYS), ("hold", 1)))
+    places, workers = iter([{"second": 1}]), iter([bad])
+    with doing(pull_the_plug, when=lambda: (tmp_path / "hanging").exists()):
+        events = run(tmp_path, 4, lambda: next(workers, good), num_workers=2, places=places)
+    assert sorted(events.committed_shards) == [0, 1, 2, 3]
+    assert [attempt for _, attempt in events.failures] == [1]
+
+
+def test_what_the_first_start_says_of_the_input_is_raised_as_it_is(tmp_path):
+    with pytest.raises(MismatchError, match=r"^another checkpoint$"):
+        run(tmp_path, 3, {"start": ("other teacher", 1)})

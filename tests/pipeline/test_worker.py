@@ -1,0 +1,194 @@
+"""The worker against the model itself: its logits of one sample at a time, float64 log-softmax over all of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logitcache_pipeline.build import remaining_tasks
+from logitcache_pipeline.prepare import prepare, write_plan
+from logitcache_pipeline.settings import BuildSettings
+from logitcache_pipeline.testing import VOCAB_SIZE, write_teacher
+from logitcache_pipeline.worker import ScoringWorker, TeacherSettings
+from logitcache_storage import Cache, TopKLogProbs
+from logitcache_storage.commit import create_or_continue, load_commit
+from logitcache_storage.errors import CacheNotFoundError, InputError, LogitCacheError, MismatchError
+from logitcache_storage.objects import open_store
+from logitcache_storage.schema import PlanRecord
+
+# Logits up to 8 in float32 (steps of 5e-7), through two layers of batches of another shape: a few dozen such steps.
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def model(teacher: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def settings(teacher: Path, corpus: Path, tmp_path: Path) -> BuildSettings:
+    """As in a build, without a Ray cluster."""
+    cache = str(tmp_path / "cache")
+    return BuildSettings(str(teacher), (str(corpus),), cache, k=9, precision="fp32", shard_rows=24)
+
+
+def planned(settings: BuildSettings) -> PlanRecord:
+    store, prepared = open_store(settings.cache), prepare(settings)
+    create_or_continue(store, prepared.identity("float32"))
+    return write_plan(store, prepared)
+
+
+def worker(settings: BuildSettings, teacher: Path | None = None) -> ScoringWorker:
+    return ScoringWorker(
+        settings.cache,
+        None,
+        TeacherSettings("transformers", str(teacher or settings.teacher), "float32", tokens_per_batch=300),
+    )
+
+
+def expected(model: torch.nn.Module, ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> torch.Tensor:
+    """[M, V]: the model's distribution at the position before each target."""
+    with torch.inference_mode():
+        logits = model(input_ids=torch.from_numpy(ids.astype(np.int64))[None]).logits[0].double()
+    return logits.log_softmax(-1)[positions.astype(np.int64) - 1]
+
+
+def check_rows(topk: TopKLogProbs, log_probs: torch.Tensor, labels: npt.NDArray[np.int32]) -> None:
+    values = log_probs.numpy()
+    for row, (ids, num_kept) in enumerate(zip(topk.ids, topk.num_kept, strict=True)):
+        kept, full = ids[:num_kept], values[row]
+        np.testing.assert_allclose(topk.log_probs[row, :num_kept], np.sort(full)[::-1][:num_kept], atol=TOLERANCE)
+        np.testing.assert_allclose(topk.log_probs[row, :num_kept], full[kept], atol=TOLERANCE)
+        outside = np.delete(full, kept)
+        np.testing.assert_allclose(topk.log_tail[row], np.log(np.exp(outside).sum()), atol=TOLERANCE)
+        np.testing.assert_allclose(topk.label_log_prob[row], full[labels[row]], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("container", ["zarr", "arrow"])
+def test_every_row_is_what_the_model_says_of_its_target(settings, model, container):
+    settings = replace(settings, format=container)
+    plan = planned(settings)
+    scorer = worker(settings)
+    scorer.start()
+    tasks = remaining_tasks(open_store(settings.cache), plan)
+    outcomes = [scorer.score(task) for task in reversed(tasks)]
+    assert sum(outcome.num_rows for outcome in outcomes) == plan.num_rows
+    assert all(outcome.scored for outcome in outcomes)
+    cache = Cache.open(settings.cache)
+    assert len(cache) == plan.num_samples == 14
+    for sample in cache:
+        check_rows(sample.topk, expected(model, sample.input_ids, sample.target_positions), sample.labels)
+
+
+def test_only_what_is_asked_is_scored(settings):
+    plan = planned(settings)
+    tasks = remaining_tasks(open_store(settings.cache), plan)
+    outcome = worker(settings).score(tasks[3])
+    assert (outcome.shard, outcome.num_rows) == (3, plan.shard_num_rows[3])
+    assert list(Cache.open(settings.cache).shards) == [3]
+    assert [task.shard for task in remaining_tasks(open_store(settings.cache), plan)] == [
+        task.shard for task in tasks if task.shard != 3
+    ]
+
+
+def test_duplicates_share_the_rows_of_the_first(settings):
+    plan = planned(settings)
+    scorer = worker(settings)
+    for task in remaining_tasks(open_store(settings.cache), plan):
+        scorer.score(task)
+    cache = Cache.open(settings.cache)
+    first, second = (i for i, sample in enumerate(cache) if sample.columns["level"] in (3, 99))
+    assert cache[first].key == cache[second].key
+    assert cache[first].topk.equals(cache[second].topk)
+    assert plan.num_rows == sum(len(sample.topk) for i, sample in enumerate(cache) if i != second)
+
+
+def test_a_committed_shard_is_not_scored_again(settings):
+    plan = planned(settings)
+    scorer, store = worker(settings), open_store(settings.cache)
+    task = remaining_tasks(store, plan)[0]
+    scorer.score(task)
+    record = load_commit(store, task.shard)
+    outcome = scorer.score(task)
+    assert (outcome.scored, outcome.seconds) == (False, 0.0)
+    assert (outcome.num_rows, outcome.num_bytes) == (record.num_rows, record.num_bytes)
+    assert load_commit(store, task.shard) == record
+
+
+def test_kept_mass_drops_what_is_not_needed(settings, model):
+    settings = replace(settings, kept_mass=0.3)
+    plan = planned(settings)
+    scorer = worker(settings)
+    for task in remaining_tasks(open_store(settings.cache), plan)[:2]:
+        scorer.score(task)
+    kept = set()
+    for sample in Cache.open(settings.cache):
+        log_probs = expected(model, sample.input_ids, sample.target_positions)
+        check_rows(sample.topk, log_probs, sample.labels)
+        sums = np.cumsum(np.sort(log_probs.exp().numpy())[:, ::-1], axis=1)
+        np.testing.assert_array_equal(sample.topk.num_kept, np.minimum((sums < 0.3).sum(1) + 1, settings.k))
+        kept |= set(sample.topk.num_kept.tolist())
+    assert len(kept) > 2
+
+
+def test_a_worker_names_itself_and_may_be_started_again(settings):
+    planned(settings)
+    scorer = worker(settings)
+    assert scorer.start() == scorer.start() == scorer.name
+
+
+def test_a_sample_that_cannot_be_scored_leaves_nothing_behind(settings, tmp_path):
+    """NaN in the embedding of a letter that the last shard but one holds."""
+    broken = write_teacher(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    letter = AutoTokenizer.from_pretrained(broken)("w")["input_ids"][0]
+    weights["model.embed_tokens.weight"][letter] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = replace(settings, teacher=str(broken))
+    plan = planned(settings)
+    with pytest.raises(LogitCacheError, match="the teacher's logits are NaN or infinite"):
+        worker(settings).score(remaining_tasks(open_store(settings.cache), plan)[-2])
+    assert not open_store(settings.cache).list("shards")
+
+
+def test_another_checkpoint_at_a_node_is_refused_by_name(settings, tmp_path):
+    planned(settings)
+    other = write_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(MismatchError, match=r"another weights than the cache's teacher.* every node the same"):
+        worker(settings, other).start()
+
+
+def test_another_config_at_a_node_is_refused_by_name(settings, tmp_path):
+    planned(settings)
+    other = write_teacher(tmp_path / "other")
+    config = other / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.1'))
+    with pytest.raises(MismatchError, match="another config than"):
+        worker(settings, other).start()
+
+
+def test_a_config_that_lies_about_the_vocabulary_is_refused(settings):
+    identity = prepare(settings).identity("float32")
+    store = open_store(settings.cache)
+    create_or_continue(store, replace(identity, vocab_size=VOCAB_SIZE + 1))
+    write_plan(store, prepare(settings))
+    with pytest.raises(MismatchError, match=f"head has {VOCAB_SIZE} rows, .* {VOCAB_SIZE + 1}"):
+        worker(settings).start()
+
+
+def test_a_node_that_does_not_see_the_cache_says_so(settings):
+    with pytest.raises(CacheNotFoundError, match=r"does not see the cache at .*; put it where every node"):
+        worker(settings).start()
+
+
+def test_an_unknown_teacher_is_named(settings, tmp_path):
+    planned(settings)
+    with pytest.raises(InputError, match="empty"):
+        worker(settings, tmp_path / "empty").start()
