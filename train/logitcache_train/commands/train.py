@@ -1,0 +1,101 @@
+"""`logitcache train`: a student from a cache."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from logitcache_storage.command import Command
+from logitcache_storage.commands.arguments import add_storage_options
+from logitcache_train.objectives import OBJECTIVES
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Arguments of `logitcache train`; everything else goes to transformers' TrainingArguments.
+
+    Every default is None, so that a configuration file can tell what the command line leaves open.
+    """
+    parser.usage = (
+        "%(prog)s --student PATH --cache [ROLE=]URL --objective NAME --output DIR"
+        " [options] [--any_training_argument VALUE]"
+    )
+    parser.epilog = (
+        "Any field of transformers.TrainingArguments is an option, too: --learning_rate 1e-4 --num_train_epochs 2"
+        " --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --resume_from_checkpoint true."
+        " On several devices: torchrun --nproc_per_node N -m logitcache_train, with the same arguments."
+    )
+    parser.add_argument(
+        "--student", metavar="PATH_OR_ID", help="the causal language model to train, a folder or a name on the hub"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="[ROLE=]URL",
+        action="append",
+        help="where a cache is; with several, each with its role: teacher or reference",
+    )
+    parser.add_argument("--objective", metavar="NAME", help="what to train for; 'logitcache objectives' lists them all")
+    parser.add_argument(
+        "--output", "--output_dir", "--output-dir", metavar="DIR", help="where the student and its checkpoints go"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="these arguments as a YAML mapping; the command line wins"
+    )
+    _add_how(parser)
+    add_storage_options(parser)
+    group = parser.add_argument_group("parameters of objectives (defaults: their papers')")
+    for name in parameter_names():
+        owners = ", ".join(row.name for row in OBJECTIVES.values() if name in row.parameters)
+        _add(group, name, type=float, metavar="F", help=f"of {owners}")
+
+
+def parameter_names() -> list[str]:
+    """Every parameter that some objective has, sorted."""
+    return sorted({name for row in OBJECTIVES.values() for name in row.parameters})
+
+
+def run(args: Namespace) -> int:
+    """Train; errors leave as exceptions."""
+    from logitcache_train.run import train
+    from logitcache_train.settings import parse_settings
+
+    train(parse_settings(args))
+    return 0
+
+
+COMMAND = Command("train a student from a cache", add_arguments, run, takes_rest=True)
+
+
+def _add_how(parser: ArgumentParser) -> None:
+    """How samples are batched and the student is loaded."""
+    _add(
+        parser,
+        "batch_tokens",
+        type=int,
+        metavar="N",
+        help=(
+            "input tokens of an optimizer step, over all devices and accumulation steps (default: as many as"
+            " per_device_train_batch_size * devices * gradient_accumulation_steps mean samples have)"
+        ),
+    )
+    _add(parser, "window_shards", type=int, metavar="N", help="shuffle within windows of so many shards (default: 8)")
+    _add(
+        parser,
+        "packing",
+        choices=("auto", "on", "off"),
+        help=(
+            "put samples behind each other instead of padding them; auto (default): where attention of variable length"
+            " keeps them apart"
+        ),
+    )
+    _add(
+        parser,
+        "dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help=("of the weights (default: float32; on a GPU the arithmetic is bfloat16 all the same, see --bf16)"),
+    )
+    _add(parser, "attn_implementation", metavar="NAME", help="transformers' attention, e.g. sdpa, flash_attention_2")
+
+
+def _add(parser: object, name: str, **kwargs: object) -> None:
+    """An option in both spellings, --with_underscores and --with-hyphens."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+    parser.add_argument(*spellings, **kwargs)  # type: ignore[attr-defined]

@@ -1,0 +1,155 @@
+"""transformers' Trainer with cached targets: its loop, checkpoints, DDP and logging, our batches, loss and metrics.
+
+What is not the Trainer's own:
+- the train loader is made here, aware of its rank, and never prepared by accelerate, whose dispatch and sharding
+  assume batches of equal shape;
+- the loss is the sum over a micro-batch divided by the target tokens of the whole global batch, which the pure order
+  knows without communication; so it is neither averaged over accumulation steps nor over ranks;
+- skipping to a step skips global batches, not data, so the Trainer's own resume is exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from logitcache_storage.errors import InputError, LogitCacheError
+from logitcache_train.collate import Layout, collate
+from logitcache_train.data import CachedSamples, EpochLoader, GlobalBatchSampler, MicroBatch
+from logitcache_train.positions import BadRowsError
+
+LOGGED_METRICS = ("p_label", "gamma", "teacher_tail", "target_entropy")
+"""Logged as means over target tokens since the last log, beside the Trainer's own loss and gradient norm."""
+
+
+class CachedTargetTrainer(Trainer):  # type: ignore[misc]
+    """Trains a student made by `student.make_student` on the samples of a cache."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        samples: CachedSamples,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_tokens: int,
+        window_shards: int,
+        layout: Layout,
+        save_record: Callable[[str], None],
+        **kwargs: Any,
+    ) -> None:
+        """As Trainer, and:
+
+        Args:
+            model: a student.
+            args: the Trainer's arguments.
+            samples: what to train on.
+            tokenizer: saved with every checkpoint.
+            batch_tokens: input tokens of a global batch, over all ranks and accumulation steps.
+            window_shards: shards of a shuffle window.
+            layout: how micro-batches lie in the input, from `student.choose_layout`.
+            save_record: called with the folder of every checkpoint, on the process that saves.
+            kwargs: handed to Trainer.
+        """
+        super().__init__(model=model, args=args, train_dataset=samples, processing_class=tokenizer, **kwargs)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1 or self.is_deepspeed_enabled:
+            raise InputError(
+                "tensor, context and sequence parallelism and DeepSpeed cut a batch in ways that cached targets do not"
+                " follow; use DDP (torchrun) or --fsdp"
+            )
+        self._samples = samples
+        self._layout: Layout = layout
+        self._save_record = save_record
+        self._sampler = GlobalBatchSampler(
+            samples,
+            batch_tokens=batch_tokens,
+            window_shards=window_shards,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            accumulation_steps=args.gradient_accumulation_steps,
+        )
+        self._sums = _Sums()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches; not to be prepared by accelerate."""
+        workers = self.args.dataloader_num_workers
+        return EpochLoader(
+            self._samples,
+            batch_sampler=self._sampler,
+            collate_fn=partial(_collate, layout=self._layout),
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=workers > 0 and self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+        )
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The micro-batch's share of the mean over the global batch's target tokens."""
+        targets = inputs["targets"]
+        try:
+            outputs = model(**inputs)
+        except BadRowsError as e:
+            keys = ", ".join(targets.keys_of(e.rows[:8]))
+            raise LogitCacheError(f"step {self.state.global_step + 1}, samples {keys}: {e}") from e
+        self._sums.add(outputs["metrics"], len(targets.labels_N))
+        # DDP and FSDP average gradients over ranks, and the Trainer averages the logged loss over them.
+        loss: Tensor = outputs["loss"] * self.accelerator.num_processes
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add our metrics to the Trainer's; called on all ranks."""
+        if "loss" in logs:
+            logs.update(self._sums.means(self.accelerator.reduce))
+            self._sums = _Sums()
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer, with the record of the run beside the weights."""
+        super().save_model(*args, **kwargs)
+        if self.args.should_save:
+            self._save_record(str(args[0] if args else kwargs.get("output_dir") or self.args.output_dir))
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        tensors = {name: value for name, value in inputs.items() if name != "targets"}
+        pinned = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+        targets = inputs["targets"].to(self.args.device, non_blocking=pinned)
+        return {**super()._prepare_inputs(tensors), "targets": targets}
+
+
+class _Sums:
+    """Sums of metrics over this rank's target tokens since they were last asked for; stays on the device till then."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, sums: Mapping[str, Tensor], count: int) -> None:
+        if not self._sums:
+            self._sums = {name: sums[name].float() for name in LOGGED_METRICS if name in sums}
+        else:
+            self._sums = {name: total + sums[name] for name, total in self._sums.items()}
+        self._count += count
+
+    def means(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over the target tokens of all ranks, and how many of those there were per second; one reduction."""
+        seconds = time.perf_counter() - self._start
+        some = next(iter(self._sums.values()))
+        values = torch.stack([*self._sums.values(), some.new_tensor(float(self._count))])
+        *sums, count = reduce(values).tolist()
+        means = {name: total / max(count, 1) for name, total in zip(self._sums, sums, strict=True)}
+        return {**means, "target_tokens_per_second": count / max(seconds, 1e-9)}
+
+
+def _collate(micro: MicroBatch, *, layout: Layout) -> dict[str, Any]:
+    return collate(micro.samples, num_items=micro.num_items, layout=layout)
