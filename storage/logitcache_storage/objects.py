@@ -90,12 +90,12 @@ class LocalStore(ObjectStore):
 
     def put(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path), self._written(path, data) as temporary:
+        with _store_errors(self.url, path, writing=True), self._written(path, data) as temporary:
             temporary.replace(self._file(path))
 
     def create(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path), self._written(path, data) as temporary:
+        with _store_errors(self.url, path, writing=True), self._written(path, data) as temporary:
             os.link(temporary, self._file(path))
 
     def list(self, prefix: str) -> list[str]:
@@ -173,12 +173,12 @@ class FsspecStore(ObjectStore):
 
     def put(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path):
+        with _store_errors(self.url, path, writing=True):
             self._connected().pipe_file(self._full(path), data)
 
     def create(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path):
+        with _store_errors(self.url, path, writing=True):
             self._connected().pipe_file(self._full(path), data, mode="create")
 
     def list(self, prefix: str) -> list[str]:
@@ -311,7 +311,7 @@ _REMEDY = "the object is damaged: 'logitcache verify' lists all that is and says
 
 
 @contextmanager
-def _store_errors(url: str, path: str) -> Iterator[None]:
+def _store_errors(url: str, path: str, *, writing: bool = False) -> Iterator[None]:
     """Turn what file systems and clients raise into this project's errors, naming the object."""
     where = f"{url}/{path}"
     try:
@@ -319,6 +319,10 @@ def _store_errors(url: str, path: str) -> Iterator[None]:
     except FileExistsError as e:
         raise ObjectExistsError(f"{where}: already exists") from e
     except (FileNotFoundError, NotADirectoryError) as e:
+        if writing:
+            raise StoreError(
+                f"{where}: cannot be written, there is no such bucket or folder; make it, or check the URL"
+            ) from e
         raise ObjectNotFoundError(f"{where}: no such object") from e
     except PermissionError as e:
         raise StoreError(f"{where}: permission denied ({e}); check the credentials and the rights on {url}") from e
@@ -332,7 +336,10 @@ def _store_errors(url: str, path: str) -> Iterator[None]:
 def _make_folders(folder: Path) -> None:
     """Make a folder and what leads to it, all of them on disk afterwards."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as e:  # a file has the folder's name: it is not the object that is there already
+        raise NotADirectoryError(str(e)) from e
     for made in missing:
         _fsync_folder(made.parent)
 

@@ -193,3 +193,16 @@ def test_fetched_objects_come_from_memory() -> None:
 def test_records_that_cannot_be(fields: tuple, match: str) -> None:
     with pytest.raises(InputError, match=match):
         ObjectRecord(*fields)
+
+
+@pytest.mark.parametrize("write", ["put", "create"])
+def test_writing_into_a_bucket_that_is_not_there_says_so(s3_server, write: str) -> None:
+    store = open_store("s3://no-such-bucket/cache", s3_server.storage_options)
+    with pytest.raises(StoreError, match=r"no-such-bucket/cache/x\.json: cannot be written, there is no such bucket"):
+        getattr(store, write)("x.json", b"{}")
+
+
+def test_writing_below_a_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match=r"file/x\.json: cannot be written"):
+        open_store(str(tmp_path / "file")).create("x.json", b"{}")
