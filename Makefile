@@ -13,7 +13,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"logitcache needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[pipeline,train,s3,dev]'
+	$(PIP) --editable '.[pipeline,train,s3,gcs,azure,fast,dev]'
 	@touch $@
 
 demo: install

@@ -24,13 +24,13 @@ from logitcache_storage.commit import (
     committed_shards,
     create_or_continue,
     load_commits,
-    load_plan,
     load_quarantine,
     quarantine_shard,
     write_manifest,
 )
 from logitcache_storage.errors import BuildError
 from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.plans import load_plan
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import PlanRecord

@@ -16,9 +16,10 @@ from logitcache_pipeline.plan import PlanSummary, default_shard_rows, plan_table
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_pipeline.tokenize import Excluded, TokenizedSample, TokenizeSettings, tokenize_records
 from logitcache_pipeline.vocabulary import vocabulary_table
-from logitcache_storage.commit import commit_plan, new_attempt, write_parquet, write_samples
+from logitcache_storage.commit import new_attempt
 from logitcache_storage.errors import CorpusError, InputError
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.plans import commit_plan, write_parquet, write_samples
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.schema import CacheIdentity, CorpusIdentity, PlanRecord
 

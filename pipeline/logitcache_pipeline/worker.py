@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from logitcache_pipeline.engines.base import ScoringRequest, Teacher, load_teacher
-from logitcache_storage.commit import commit_shard, load_commit, load_identity, load_plan
+from logitcache_storage.commit import commit_shard, load_commit, load_identity
 from logitcache_storage.errors import CacheNotFoundError, MismatchError, ObjectNotFoundError
 from logitcache_storage.objects import open_store
+from logitcache_storage.plans import load_plan
 from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import CacheIdentity
 from logitcache_storage.topk import TopKLogProbs

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.encoding import Columns, column_types
 from logitcache_storage.errors import CorruptionError
-from logitcache_storage.objects import CommittedObjects
 
 BATCH_ROWS = 4096
 

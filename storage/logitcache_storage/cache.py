@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from logitcache_storage.commit import load_commits, load_identity, load_plan, read_rows
+from logitcache_storage.commit import load_commits, load_identity, read_rows
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, InputError
 from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.plans import load_plan
 from logitcache_storage.samples import ROWS_PER_GROUP, SAMPLES_SCHEMA, SamplesTable, read_parquet_object
 from logitcache_storage.schema import CacheIdentity, PlanRecord, ShardRecord
 from logitcache_storage.topk import TopKLogProbs

@@ -16,15 +16,13 @@ wins, and both wrote a valid result.
 from __future__ import annotations
 
 import datetime
-import io
 import uuid
 from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
+from logitcache_storage.committed import CommittedObjects, put_object
 from logitcache_storage.encoding import decode, encode
 from logitcache_storage.errors import (
     CacheNotFoundError,
@@ -35,14 +33,10 @@ from logitcache_storage.errors import (
     ObjectNotFoundError,
 )
 from logitcache_storage.invariants import check_rows
-from logitcache_storage.objects import CommittedObjects, ObjectStore, object_record
-from logitcache_storage.samples import ROWS_PER_GROUP
+from logitcache_storage.objects import ObjectStore
 from logitcache_storage.schema import (
     CacheIdentity,
     ManifestRecord,
-    ObjectRecord,
-    PlanPart,
-    PlanRecord,
     QuarantineRecord,
     ShardRecord,
     dump_record,
@@ -53,7 +47,6 @@ from logitcache_storage.statistics import sum_statistics
 from logitcache_storage.topk import TopKLogProbs
 
 IDENTITY_PATH = "cache.json"
-PLAN_PATH = "plans/00000.json"
 MANIFEST_PATH = "manifest.json"
 
 
@@ -116,47 +109,6 @@ def create_or_continue(store: ObjectStore, identity: CacheIdentity) -> bool:
     return False
 
 
-# Plan
-
-
-def load_plan(store: ObjectStore) -> PlanRecord | None:
-    """The plan, or None where the build has not written it yet."""
-    try:
-        data = store.get(PLAN_PATH)
-    except ObjectNotFoundError:
-        return None
-    return load_record(PlanRecord, data, where=f"{store.url}/{PLAN_PATH}")
-
-
-def write_samples(store: ObjectStore, attempt: str, tables: Iterable[pa.Table]) -> tuple[PlanPart, ...]:
-    """Write the samples table, one parquet object per table."""
-    parts: list[PlanPart] = []
-    first_sample = 0
-    for table in tables:
-        path = f"samples/{attempt}-{len(parts):05d}.parquet"
-        parts.append(PlanPart(first_sample, table.num_rows, write_parquet(store, path, table)))
-        first_sample += table.num_rows
-    return tuple(parts)
-
-
-def write_parquet(store: ObjectStore, path: str, table: pa.Table) -> ObjectRecord:
-    """Write a table as one parquet object and return its record."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROWS_PER_GROUP)
-    return _put(store, path, sink.getvalue())
-
-
-def commit_plan(store: ObjectStore, plan: PlanRecord) -> PlanRecord:
-    """Make this the plan, unless another builder was faster; returns the plan that holds."""
-    try:
-        store.create(PLAN_PATH, dump_record(plan))
-        return plan
-    except ObjectExistsError:
-        found = load_plan(store)
-        assert found is not None
-        return found
-
-
 # Shards
 
 
@@ -191,7 +143,7 @@ def commit_shard(
     check_rows(topk, labels, identity.vocab_size, where=f"shard {shard}")
     columns = encode(topk, identity.precision)
     written = shard_format(identity.container).write(columns, {"shard": shard, "precision": identity.precision})
-    objects = tuple(_put(store, prefix + suffix, data) for suffix, data in sorted(written.items()))
+    objects = tuple(put_object(store, prefix + suffix, data) for suffix, data in sorted(written.items()))
     record = ShardRecord(
         shard=shard,
         attempt=attempt,
@@ -299,12 +251,6 @@ def _checked_commit(store: ObjectStore, path: str, record: ShardRecord) -> Shard
     for item in record.objects:
         if not item.path.startswith(prefix):
             raise CorruptionError(f"{store.url}/{path}: lists {item.path}, expected objects of {prefix}")
-    return record
-
-
-def _put(store: ObjectStore, path: str, data: bytes) -> ObjectRecord:
-    record = object_record(path, data)
-    store.put(path, data)
     return record
 
 

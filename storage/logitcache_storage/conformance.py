@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from logitcache_storage.commit import commit_shard, create_or_continue, read_rows
+from logitcache_storage.committed import CommittedObjects, object_record
 from logitcache_storage.encoding import decode, encode
 from logitcache_storage.errors import CorruptionError, InputError, ObjectExistsError, ObjectNotFoundError
-from logitcache_storage.objects import CommittedObjects, ObjectStore, object_record
+from logitcache_storage.objects import ObjectStore
 from logitcache_storage.schema import BLOCK_BYTES, CONTAINERS, PRECISIONS, CacheIdentity, ShardRecord
 from logitcache_storage.testing import make_identity, make_topk
 from logitcache_storage.topk import TopKLogProbs

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcache_storage.arrow_shard import VerifiedFile
+from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.errors import CorruptionError, LogitCacheError
-from logitcache_storage.objects import CommittedObjects, ObjectStore
+from logitcache_storage.objects import ObjectStore
 from logitcache_storage.schema import ObjectRecord, PlanPart, PlanRecord
 
 SAMPLES_SCHEMA = pa.schema(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from logitcache_storage.arrow_shard import ArrowShard
+from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.encoding import Columns
 from logitcache_storage.errors import InputError
-from logitcache_storage.objects import CommittedObjects
 from logitcache_storage.zarr_shard import ZarrShard
 
 

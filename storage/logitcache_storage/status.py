@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from logitcache_storage.commit import load_commits, load_identity, load_plan, load_quarantine
+from logitcache_storage.commit import load_commits, load_identity, load_quarantine
 from logitcache_storage.errors import CorruptionError
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.plans import load_plan
 from logitcache_storage.samples import read_parquet_object
 from logitcache_storage.schema import CacheIdentity, PlanRecord, QuarantineRecord, ShardRecord
 

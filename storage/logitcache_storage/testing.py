@@ -13,20 +13,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from logitcache_storage.commit import (
-    commit_plan,
     commit_shard,
     committed_shards,
     create_or_continue,
     load_commits,
-    load_plan,
     new_attempt,
     write_manifest,
-    write_parquet,
-    write_samples,
 )
 from logitcache_storage.errors import StoreError
 from logitcache_storage.fingerprints import sample_key, tokenizer_identity
 from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.plans import commit_plan, load_plan, write_parquet, write_samples
 from logitcache_storage.samples import SAMPLES_SCHEMA, target_positions
 from logitcache_storage.schema import (
     CacheIdentity,

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from logitcache_storage import commit
+from logitcache_storage import commit, plans
+from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.errors import CorruptionError, LogitCacheError, ObjectNotFoundError
 from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.invariants import check_rows
-from logitcache_storage.objects import CommittedObjects, ObjectStore, open_store
+from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_parquet_object
 from logitcache_storage.schema import (
@@ -145,8 +146,8 @@ class _Check:
         return identity
 
     def plan(self) -> PlanRecord | None:
-        with self._reporting(commit.PLAN_PATH):
-            plan = commit.load_plan(self._store)
+        with self._reporting(plans.PLAN_PATH):
+            plan = plans.load_plan(self._store)
             self._count(0 if plan is None else 1)
             return plan
         return None
@@ -156,8 +157,8 @@ class _Check:
         numbers = sorted(commit.committed_shards(self._store))
         records = {record.shard: record for record in self._each(self._commit, numbers) if record is not None}
         sizes = plan.shard_num_rows if plan else ()
-        if plan is None and records and not self._is_damaged(commit.PLAN_PATH):
-            self._report(commit.PLAN_PATH, f"missing, and {len(records)} shards are committed")
+        if plan is None and records and not self._is_damaged(plans.PLAN_PATH):
+            self._report(plans.PLAN_PATH, f"missing, and {len(records)} shards are committed")
         for shard, record in records.items():
             if plan is not None and (shard >= len(sizes) or sizes[shard] != record.num_rows):
                 planned = f"{sizes[shard]} rows" if shard < len(sizes) else f"only {len(sizes)} shards"

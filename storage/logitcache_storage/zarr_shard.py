@@ -16,9 +16,9 @@ from zarr.codecs import BloscCodec, BloscShuffle
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore
 
+from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.encoding import Columns, column_types
 from logitcache_storage.errors import CorruptionError
-from logitcache_storage.objects import CommittedObjects
 
 CHUNK_ROWS = 4096
 ZSTD_LEVEL = 3

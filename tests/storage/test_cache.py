@@ -10,11 +10,12 @@ import pyarrow as pa
 import pytest
 
 from logitcache_storage import Cache, Sample
-from logitcache_storage.commit import commit_plan, commit_shard, create_or_continue, write_parquet, write_samples
+from logitcache_storage.commit import commit_shard, create_or_continue
 from logitcache_storage.errors import CorruptionError, InputError
 from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.invariants import check_rows
 from logitcache_storage.objects import open_store
+from logitcache_storage.plans import commit_plan, write_parquet, write_samples
 from logitcache_storage.samples import SAMPLES_SCHEMA, target_positions
 from logitcache_storage.schema import PlanRecord
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache

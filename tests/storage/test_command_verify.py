@@ -5,8 +5,9 @@ import json
 import pytest
 
 from logitcache_storage.cli import main
-from logitcache_storage.commit import commit_path, load_commit, load_plan, quarantine_shard
+from logitcache_storage.commit import commit_path, load_commit, quarantine_shard
 from logitcache_storage.objects import open_store
+from logitcache_storage.plans import load_plan
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 
 

@@ -9,8 +9,9 @@ import uuid
 import numpy as np
 import pytest
 
-from logitcache_storage import commit
+from logitcache_storage import commit, plans
 from logitcache_storage.cache import Cache
+from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, MismatchError, StoreError
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.schema import (
@@ -135,9 +136,9 @@ def test_a_lost_race_gives_the_winners_record() -> None:
         store, make_identity(**EXACT), 0, make_topk(4, 3, 50, labels=labels), labels, seconds=1.0, worker="late"
     )
     assert lost == winner
-    plan = commit.load_plan(store)
+    plan = plans.load_plan(store)
     assert plan is not None
-    assert commit.commit_plan(store, dataclasses.replace(plan, num_tokens=7)) == plan
+    assert plans.commit_plan(store, dataclasses.replace(plan, num_tokens=7)) == plan
     check_samples(store, complete=True)
 
 
@@ -173,7 +174,7 @@ def test_no_cache_and_no_plan() -> None:
     with pytest.raises(CacheNotFoundError, match=r"there is no cache.json; check the URL"):
         Cache.open(store.url)
     commit.create_or_continue(store, make_identity(**EXACT))
-    assert commit.load_plan(store) is None
+    assert plans.load_plan(store) is None
     with pytest.raises(CacheNotFoundError, match="not written its plan"):
         Cache.open(store.url)
 
@@ -273,7 +274,7 @@ def test_bytes_that_are_committed_and_no_shard(container: str) -> None:
         for data in (b"", b"{}", b"[1]", b'{"zarr_format": 3, "node_type": "array"}', b"\x00" * 999):
             store.put(item.path, data)
             try:
-                found = read(record, (*others, commit.object_record(item.path, data)))
+                found = read(record, (*others, object_record(item.path, data)))
             except CorruptionError:
                 continue
             assert item.path.endswith(f"{record.attempt}/zarr.json")  # the group's own metadata say nothing of rows

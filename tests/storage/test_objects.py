@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from logitcache_storage import objects
+from logitcache_storage.committed import CommittedObjects, block_checksums, object_record
 from logitcache_storage.errors import CorruptionError, InputError, ObjectExistsError, ObjectNotFoundError, StoreError
-from logitcache_storage.objects import CommittedObjects, block_checksums, object_record, open_store
+from logitcache_storage.objects import open_store
 from logitcache_storage.schema import BLOCK_BYTES, ObjectRecord
 
 

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pytest
 
 from logitcache_storage import samples
-from logitcache_storage.commit import commit_plan, write_parquet, write_samples
+from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError
-from logitcache_storage.objects import ObjectStore, object_record, open_store
+from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.plans import commit_plan, write_parquet, write_samples
 from logitcache_storage.samples import ROWS_PER_GROUP, SAMPLES_SCHEMA, SamplesTable, target_positions
 from logitcache_storage.schema import PlanRecord
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError, InputError, MismatchError
-from logitcache_storage.objects import object_record
 from logitcache_storage.schema import (
     CacheIdentity,
     CorpusIdentity,

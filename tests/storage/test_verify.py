@@ -11,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcache_storage.cache import Cache
-from logitcache_storage.commit import commit_path, load_commit, load_identity, load_plan, quarantine_shard
+from logitcache_storage.commit import commit_path, load_commit, load_identity, quarantine_shard
+from logitcache_storage.committed import object_record
 from logitcache_storage.encoding import encode
 from logitcache_storage.errors import CacheNotFoundError, MismatchError
-from logitcache_storage.objects import object_record, open_store
+from logitcache_storage.objects import open_store
+from logitcache_storage.plans import load_plan
 from logitcache_storage.schema import ManifestRecord, dump_record, load_record
 from logitcache_storage.shard_format import shard_format
 from logitcache_storage.testing import make_identity, make_samples, write_cache

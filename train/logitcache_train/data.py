@@ -6,28 +6,24 @@ process, cuts the part out and reads it. So skipping steps costs nothing, and no
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import InputError, MismatchError
 from logitcache_storage.fingerprints import fingerprint
 from logitcache_storage.schema import to_json
-from logitcache_storage.topk import TopKLogProbs
 from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches
 from logitcache_train.collate import TrainingSample
+from logitcache_train.columns import column_readers
 from logitcache_train.objectives import Objective
-
-SEQUENCE_COLUMN = "sequence"
-"""The column that every sample has: which sequence of the micro-batch a target belongs to."""
+from logitcache_train.reading import RowReader
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +79,8 @@ class CachedSamples(Dataset[Any]):
         self.num_targets = table.column("num_targets").to_numpy().astype(np.int64)
         self.shard = table.column("shard").to_numpy()
         wanted = (*objective.roles, *(role for role in objective.optional_roles if role in caches))
-        self._rows = {role: _RowReader(caches[role], self.primary, role, window_shards) for role in wanted}
-        self._columns = _columns_of(objective, self.primary)
+        self._rows = {role: RowReader(caches[role], self.primary, role, window_shards) for role in wanted}
+        self._columns = column_readers(objective, self.primary)
         self._keys = table.column("key")
 
     def __len__(self) -> int:
@@ -188,97 +184,3 @@ class EpochLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Pass the epoch on."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-class _RowReader:
-    """Rows of the primary cache's samples in one cache; the least recently used shards are forgotten."""
-
-    def __init__(self, cache: Cache, primary: Cache, role: str, window_shards: int) -> None:
-        self._cache, self._max_rows = cache, _rows_of_window(cache, window_shards)
-        self._shards: OrderedDict[int, TopKLogProbs] = OrderedDict()
-        found = None if cache is primary else _join(cache, primary, role)
-        columns = (cache.samples.column(name).to_numpy() for name in ("shard", "first_row", "num_targets"))
-        self._shard, self._first_row, self._num_targets = (c if found is None else c[found] for c in columns)
-
-    def rows(self, index: int) -> TopKLogProbs:
-        """The rows of a sample of the primary cache."""
-        first = int(self._first_row[index])
-        return self._decoded(int(self._shard[index]))[first : first + int(self._num_targets[index])]
-
-    def reading_order(self, index: int) -> tuple[bool, int]:
-        """Sorts samples by shard, those of decoded shards first."""
-        shard = int(self._shard[index])
-        return shard not in self._shards, shard
-
-    def _decoded(self, shard: int) -> TopKLogProbs:
-        if shard in self._shards:
-            self._shards.move_to_end(shard)
-        else:
-            self._shards[shard] = self._cache.read_shard(shard)
-            while sum(map(len, self._shards.values())) > self._max_rows and len(self._shards) > 1:
-                self._shards.popitem(last=False)
-        return self._shards[shard]
-
-
-def _rows_of_window(cache: Cache, window_shards: int) -> int:
-    """Target rows of the largest `window_shards + 1` shards: a window, and where the next one begins."""
-    sizes = sorted((record.num_rows for record in cache.shards.values()), reverse=True)
-    return sum(sizes[: window_shards + 1])
-
-
-def _join(cache: Cache, primary: Cache, role: str) -> npt.NDArray[np.int64]:
-    """Where each sample of `primary` stands in `cache`, [S]."""
-    ours, theirs = (c.samples.column("key") for c in (primary, cache))
-    found = pc.index_in(ours, value_set=theirs)
-    if found.null_count:
-        missing = ours.filter(found.is_null())
-        raise MismatchError(
-            f"the {role} cache {cache.store.url} lacks {found.null_count} of the {len(ours)} samples of"
-            f" {primary.store.url}, the first with key {missing[0].as_py().hex()};"
-            " build both caches from the same corpus with the same tokenizer, to their end"
-        )
-    return np.asarray(found.to_numpy(), dtype=np.int64)
-
-
-ColumnReader = Callable[[int, npt.NDArray[np.int32], int, int], npt.NDArray[Any]]
-"""(sample, its target positions [M], its number of tokens L, its place in the micro-batch) to per-target data [M]."""
-
-
-def _columns_of(objective: Objective, cache: Cache) -> dict[str, ColumnReader]:
-    readers: dict[str, ColumnReader] = {}
-    for name in (*objective.columns, *objective.optional_columns):
-        if name == SEQUENCE_COLUMN:
-            readers[name] = lambda _, positions, __, place: np.full(len(positions), place)
-        elif name in cache.samples.column_names:
-            readers[name] = _corpus_column(name, cache)
-        elif name in objective.columns:
-            raise InputError(
-                f"objective {objective.name!r} needs the column {name!r}, which {cache.store.url} does not have;"
-                " put it into the corpus (one number a record, or one for each token) and build the cache again"
-            )
-    return readers
-
-
-def _corpus_column(name: str, cache: Cache) -> ColumnReader:
-    column, keys = cache.samples.column(name), cache.samples.column("key")
-
-    def read(index: int, positions: npt.NDArray[np.int32], num_tokens: int, _: int) -> npt.NDArray[Any]:
-        value = column[index].as_py()
-        data = np.asarray(value, dtype=np.float32) if _is_numeric(value) else None
-        if data is not None and data.ndim == 0:
-            return np.full(len(positions), data)
-        if data is not None and data.shape == (num_tokens,):
-            return data[positions]
-        if data is not None and data.shape == (len(positions),):
-            return data
-        raise InputError(
-            f"column {name!r} of sample {keys[index].as_py().hex()}: expected a number, or a list of numbers, one for"
-            f" each of its {num_tokens} tokens or {len(positions)} targets; found {str(value)[:60]!r}"
-        )
-
-    return read
-
-
-def _is_numeric(value: Any) -> bool:
-    values: Sequence[Any] = value if isinstance(value, list) else [value]
-    return all(isinstance(v, int | float) for v in values)
