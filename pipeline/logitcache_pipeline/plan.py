@@ -23,13 +23,14 @@ from logitcache_storage.samples import SAMPLES_SCHEMA
 MAX_EXAMPLES = 5
 MAX_TOKENS_PER_PART = 1 << 26
 
-_EXCLUDED = ("overlong", "empty", "without_targets")
+_EXCLUDED = ("overlong", "empty", "without_targets", "in_cache")
 _NOTED = {
     "duplicates": "share the rows of an equal sample: scored once, trained as often as they occur",
     "truncated": "were cut to the maximum length",
     "overlong": "are longer than the maximum length: left out",
     "empty": "have nothing to learn from: left out",
     "without_targets": "have no target token: left out",
+    "in_cache": "are in the cache already: left out",
 }
 
 
@@ -74,6 +75,7 @@ def plan_tables(
     *,
     shard_rows: int,
     extra_columns: pa.Schema,
+    first_shard: int = 0,
     samples_per_part: int = 65536,
 ) -> Iterator[pa.Table | PlanSummary]:
     """Tables of consecutive samples, each of the schema `plan_schema(extra_columns)`, and last their summary.
@@ -82,6 +84,7 @@ def plan_tables(
         samples: what `tokenize_records` gives.
         shard_rows: target rows of a shard, at least 1.
         extra_columns: the corpus's own columns (`columns.extra_columns`).
+        first_shard: number of the first shard in the cache: those below it belong to earlier plans.
         samples_per_part: most samples of a table; one ends earlier at `MAX_TOKENS_PER_PART` tokens.
 
     Raises:
@@ -90,7 +93,7 @@ def plan_tables(
     for name, value in (("shard_rows", shard_rows), ("samples_per_part", samples_per_part)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    schema, placement, tally = plan_schema(extra_columns), _Placement(shard_rows), _Tally()
+    schema, placement, tally = plan_schema(extra_columns), _Placement(shard_rows, first_shard), _Tally()
     part: list[tuple[TokenizedSample, int, int]] = []
     tokens_in_part = 0
     for sample in samples:
@@ -118,7 +121,7 @@ def render_report(report: dict[str, Any]) -> str:
         f"tokens per sample: median {lengths['p50']:,}, 95% up to {lengths['p95']:,}, longest {lengths['max']:,}",
     ]
     for name, meaning in _NOTED.items():
-        if report[name]:
+        if report.get(name):
             lines.append(f"{report[name]:,} {meaning} (e.g. {', '.join(report['examples'][name])})")
     return "\n".join(lines)
 
@@ -126,8 +129,8 @@ def render_report(report: dict[str, Any]) -> str:
 class _Placement:
     """Where each sample's rows stand."""
 
-    def __init__(self, shard_rows: int) -> None:
-        self._shard_rows = shard_rows
+    def __init__(self, shard_rows: int, first_shard: int) -> None:
+        self._shard_rows, self._first_shard = shard_rows, first_shard
         self._placed: dict[bytes, tuple[int, int]] = {}
         self.shard_num_rows: list[int] = []
 
@@ -138,7 +141,7 @@ class _Placement:
             return *found, False
         if not sizes or sizes[-1] + num_targets > self._shard_rows:
             sizes.append(0)
-        place = len(sizes) - 1, sizes[-1]
+        place = self._first_shard + len(sizes) - 1, sizes[-1]
         sizes[-1] += num_targets
         self._placed[short_key] = place
         return *place, True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from logitcache_pipeline.columns import extra_columns
 from logitcache_pipeline.corpus import CorpusSurvey, read_records, survey
+from logitcache_pipeline.extend import Base, KnownSamples, fitted_columns, load_base
 from logitcache_pipeline.fingerprint import teacher_identity, tokenizer_identity_of
 from logitcache_pipeline.plan import PlanSummary, default_shard_rows, plan_tables
 from logitcache_pipeline.settings import BuildSettings
@@ -18,10 +20,11 @@ from logitcache_pipeline.tokenize import Excluded, TokenizedSample, TokenizeSett
 from logitcache_pipeline.vocabulary import vocabulary_table
 from logitcache_storage.commit import new_attempt
 from logitcache_storage.errors import CorpusError, InputError
+from logitcache_storage.id_layouts import default_id_layout
 from logitcache_storage.objects import ObjectStore
-from logitcache_storage.plans import commit_plan, write_parquet, write_samples
+from logitcache_storage.plans import commit_extension, commit_plan, write_parquet, write_samples
 from logitcache_storage.progress import Meter, progress
-from logitcache_storage.schema import CacheIdentity, CorpusIdentity, PlanRecord
+from logitcache_storage.schema import CacheIdentity, CorpusIdentity, ExtensionRecord, ObjectRecord, PlanPart, PlanRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +46,17 @@ class Prepared:
         """Target rows of a shard."""
         return self.settings.shard_rows or default_shard_rows(self.corpus.num_bytes)
 
+    @property
+    def corpus_identity(self) -> CorpusIdentity:
+        """Which data these are, and how they become samples."""
+        return CorpusIdentity(self.corpus.fingerprint, self.corpus.num_records, asdict(self.tokenize_settings))
+
+    def behind(self, base: Base) -> Prepared:
+        """The same for an extension of a cache: settings that were not given are the cache's."""
+        dtype = base.identity.teacher.dtype if self.settings.dtype == "auto" else self.settings.dtype
+        shard_rows = self.settings.shard_rows or base.identity.shard_rows
+        return replace(self, settings=replace(self.settings, dtype=dtype, shard_rows=shard_rows))
+
     def identity(self, dtype: str) -> CacheIdentity:
         """What the cache will be a cache of, with a teacher of this arithmetic.
 
@@ -53,25 +67,36 @@ class Prepared:
         return CacheIdentity(
             teacher=teacher_identity(settings.teacher, dtype=dtype, engine=settings.engine),
             tokenizer=tokenizer_identity_of(self.tokenizer),
-            corpus=CorpusIdentity(self.corpus.fingerprint, self.corpus.num_records, asdict(self.tokenize_settings)),
+            corpus=self.corpus_identity,
             vocab_size=self.vocab_size,
             k=settings.k,
             kept_mass=settings.kept_mass,
             precision=settings.precision,
             container=settings.format,
             shard_rows=self.shard_rows,
+            role=settings.role,
+            id_layout=default_id_layout(settings.format, self.vocab_size),
         )
 
-    def plan(self, meter: Meter) -> Iterator[pa.Table | PlanSummary]:
-        """Tables of samples, and last their summary (`plan.plan_tables`); the meter counts records."""
+    def plan(self, meter: Meter, base: Base | None) -> Iterator[pa.Table | PlanSummary]:
+        """Tables of samples, and last their summary (`plan.plan_tables`).
+
+        Args:
+            meter: counts records.
+            base: what the plan stands behind; None: it is the first.
+
+        Raises:
+            CorpusError: the columns are not the cache's; and all that tokenization refuses.
+        """
         shape = self.tokenize_settings.shape(self.corpus.fields, source_id=self.settings.data[0])
+        columns = extra_columns(self.corpus.columns, shape.text_fields)
         records = read_records(self.settings.data, self.storage_options)
-        samples = tokenize_records(records, self.tokenizer, self.tokenize_settings)
-        return plan_tables(
-            _inside_vocabulary(samples, self.vocab_size, meter),
-            shard_rows=self.shard_rows,
-            extra_columns=extra_columns(self.corpus.columns, shape.text_fields),
-        )
+        found = tokenize_records(records, self.tokenizer, self.tokenize_settings)
+        samples, first_shard = _inside_vocabulary(found, self.vocab_size, meter), 0
+        if base is not None:
+            columns = fitted_columns(columns, base)
+            samples, first_shard = KnownSamples.of(base).left_out(samples), len(base.plan.shard_num_rows)
+        return plan_tables(samples, shard_rows=self.shard_rows, extra_columns=columns, first_shard=first_shard)
 
 
 def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None = None) -> Prepared:
@@ -104,34 +129,75 @@ def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None =
 
 
 def write_plan(store: ObjectStore, prepared: Prepared) -> PlanRecord:
-    """Tokenize the corpus, write the samples table and the vocabulary, and commit the plan."""
+    """Tokenize the corpus, write the samples table and the vocabulary, and commit the first plan."""
     attempt = new_attempt()
-    with progress("planning", total=prepared.corpus.num_records, unit="records") as meter:
-        stream = _Stream(prepared.plan(meter))
-        parts = write_samples(store, attempt, stream)
+    summary, parts = _write_samples(store, attempt, prepared, None)
     vocabulary = write_parquet(store, f"vocabulary/{attempt}.parquet", vocabulary_table(prepared.tokenizer))
-    summary = stream.summary
-    return commit_plan(
-        store,
-        PlanRecord(
-            num_samples=summary.num_samples,
-            num_tokens=summary.num_tokens,
-            num_rows=summary.num_rows,
-            shard_num_rows=summary.shard_num_rows,
-            report=summary.report,
-            parts=parts,
-            vocabulary=vocabulary,
-        ),
-    )
+    return commit_plan(store, _plan_record(summary, parts, vocabulary))
 
 
-def plan_summary(prepared: Prepared) -> PlanSummary:
-    """What the plan would be, without writing anything."""
-    with progress("planning", total=prepared.corpus.num_records, unit="records") as meter:
-        stream = _Stream(prepared.plan(meter))
-        for _ in stream:
-            pass
+def write_extension(prepared: Prepared, base: Base) -> bool:
+    """The same behind a cache that is there; False where another build was faster, and all is to be done again.
+
+    Raises:
+        CorpusError: every sample is in the cache already, or the columns are not the cache's.
+    """
+    planned = base.plan
+    summary, parts = _write_samples(base.store, new_attempt(), prepared, base)
+    plan = _plan_record(summary, parts, planned.vocabulary)  # equal tokenizers have one vocabulary
+    extension = ExtensionRecord(prepared.corpus_identity, len(planned.shard_num_rows), plan)
+    return commit_extension(base.store, base.num_plans, extension)
+
+
+def prepare_extension(store: ObjectStore, prepared: Prepared) -> tuple[Prepared, Base]:
+    """The same as data for the cache on a store, and what that holds.
+
+    Raises:
+        CacheNotFoundError: there is no cache, or its first plan is not written yet.
+        MismatchError: it was made with other settings.
+    """
+    base = load_base(store)
+    prepared = prepared.behind(base)
+    base.check_same(prepared.identity(prepared.settings.dtype))
+    return prepared, base
+
+
+def plan_summary(
+    prepared: Prepared, base: Base | None = None, see: Callable[[pa.Table], None] | None = None
+) -> PlanSummary:
+    """What the plan would be, without writing anything; `see` is shown its tables."""
+    with _planning(prepared) as meter:
+        stream = _Stream(prepared.plan(meter, base))
+        for table in stream:
+            if see is not None:
+                see(table)
     return stream.summary
+
+
+def _write_samples(
+    store: ObjectStore, attempt: str, prepared: Prepared, base: Base | None
+) -> tuple[PlanSummary, tuple[PlanPart, ...]]:
+    with _planning(prepared) as meter:
+        stream = _Stream(prepared.plan(meter, base))
+        parts = write_samples(store, attempt, stream)
+    return stream.summary, parts
+
+
+def _planning(prepared: Prepared) -> AbstractContextManager[Meter]:
+    quiet = prepared.settings.log_format == "json"
+    return progress("planning", total=prepared.corpus.num_records, unit="records", quiet=quiet)
+
+
+def _plan_record(summary: PlanSummary, parts: tuple[PlanPart, ...], vocabulary: ObjectRecord) -> PlanRecord:
+    return PlanRecord(
+        num_samples=summary.num_samples,
+        num_tokens=summary.num_tokens,
+        num_rows=summary.num_rows,
+        shard_num_rows=summary.shard_num_rows,
+        report=summary.report,
+        parts=parts,
+        vocabulary=vocabulary,
+    )
 
 
 def _load(what: str, auto_class: Any, path: str) -> Any:

@@ -10,6 +10,9 @@
 A shard that has used up its attempts is reported to `quarantine` with the reason of each. A shard's clock starts when
 its actor has answered that it has started, so that waiting for a node or for the teacher's weights costs no attempt.
 An actor that fails to start is replaced as often as a shard is attempted, then done without.
+
+What an event costs does not grow with the number of shards, and memory holds nothing of a shard that is committed: with
+shards of a second, one driver keeps hundreds of workers busy.
 """
 
 from __future__ import annotations
@@ -52,9 +55,12 @@ class RunSettings:
 
 
 class Observer(Protocol):
-    """Who is told what happens."""
+    """Who is told what happens. Workers are numbered from 0; one that is replaced hands its number on."""
 
-    def committed(self, outcome: ShardOutcome) -> None:
+    def worker_started(self, worker: int, name: str) -> None:
+        """A worker has loaded its teacher; `name` is what its actor calls itself."""
+
+    def committed(self, outcome: ShardOutcome, worker: int) -> None:
         """A shard is in the store."""
 
     def failed(self, shard: int, attempt: int, reason: str) -> None:
@@ -74,6 +80,7 @@ class Observer(Protocol):
 class _Slot:
     """One actor and what it is doing: starting (no task) or scoring a task since `started`."""
 
+    number: int
     actor: Any
     name: str = ""
     """What it called itself when it had started, for people."""
@@ -82,22 +89,34 @@ class _Slot:
     failed_starts: int = 0
 
 
+def kill_actor(actor: Any) -> None:
+    """End an actor's process; Ray starts no other in its place."""
+    ray.kill(actor, no_restart=True)
+
+
 def run_shards(
-    tasks: Iterable[ShardTask], make_worker: Callable[[], Any], settings: RunSettings, observer: Observer
+    tasks: Iterable[ShardTask],
+    make_worker: Callable[[], Any],
+    settings: RunSettings,
+    observer: Observer,
+    kill_worker: Callable[[Any], None] = kill_actor,
 ) -> None:
     """Score every shard, or report why not.
 
     Args:
-        tasks: the shards that are left; scored in this order.
+        tasks: the shards that are left; those with most tokens are scored first, because the last ones decide how long
+            some workers wait for the others.
         make_worker: makes a Ray actor with the methods of `worker.ScoringWorker`.
         settings: number of workers, attempts, deadline.
         observer: told of every commit, failed attempt and quarantine, from this thread.
+        kill_worker: ends what `make_worker` made.
 
     Raises:
         InputError: what a worker said of the teacher when it started; another attempt would say the same.
         BuildError: no worker can start.
     """
-    loop = _Loop(deque(tasks), make_worker, settings, observer)
+    longest_first = deque(sorted(tasks, key=lambda task: (-task.num_tokens, task.shard)))
+    loop = _Loop(longest_first, make_worker, settings, observer, kill_worker)
     try:
         loop.run()
     finally:
@@ -106,31 +125,44 @@ def run_shards(
 
 class _Loop:
     def __init__(
-        self, tasks: deque[ShardTask], make_worker: Callable[[], Any], settings: RunSettings, observer: Observer
+        self,
+        tasks: deque[ShardTask],
+        make_worker: Callable[[], Any],
+        settings: RunSettings,
+        observer: Observer,
+        kill_worker: Callable[[Any], None],
     ) -> None:
         self._tasks = tasks
         self._make_worker = make_worker
         self._settings = settings
         self._observer = observer
+        self._kill = kill_worker
         self._busy: dict[Any, _Slot] = {}
         self._reasons: dict[int, list[str]] = defaultdict(list)
         self._slowest = 0.0
-        self._last_sign = self._last_note = time.monotonic()
+        self._last_sign = self._last_note = self._last_look = time.monotonic()
 
     def run(self) -> None:
-        for _ in range(min(self._settings.num_workers, len(self._tasks))):
-            self._start(_Slot(self._make_worker()))
+        for number in range(min(self._settings.num_workers, len(self._tasks))):
+            self._start(_Slot(number, self._make_worker()))
         # Nobody waits for workers that start when there is nothing left for them to do.
         while self._tasks or self._is_scoring():
-            ready, _ = ray.wait(list(self._busy), num_returns=1, timeout=POLL_SECONDS)
-            for ref in ready:
+            for ref in self._ready():
                 self._receive(ref, self._busy.pop(ref))
-            self._enforce_deadlines()
-            self._say_waiting()
+            if time.monotonic() - self._last_look >= POLL_SECONDS:
+                self._last_look = time.monotonic()
+                self._enforce_deadlines()
+                self._say_waiting()
+
+    def _ready(self) -> list[Any]:
+        """All answers there are, once there is one: a call of `ray.wait` costs as much as its list is long."""
+        refs = list(self._busy)
+        first, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
+        return ray.wait(refs, num_returns=len(refs), timeout=0)[0] if first else []
 
     def stop(self) -> None:
         for slot in self._busy.values():
-            ray.kill(slot.actor, no_restart=True)
+            self._kill(slot.actor)
 
     def _is_scoring(self) -> bool:
         return any(slot.task is not None for slot in self._busy.values())
@@ -140,14 +172,14 @@ class _Loop:
         self._busy[slot.actor.start.remote()] = slot
 
     def _replace(self, slot: _Slot) -> None:
-        ray.kill(slot.actor, no_restart=True)
+        self._kill(slot.actor)
         slot.actor = self._make_worker()
         self._start(slot)
 
     def _give_work(self, slot: _Slot) -> None:
         """The next shard; an actor for which there is none is let go."""
         if not self._tasks:
-            ray.kill(slot.actor, no_restart=True)
+            self._kill(slot.actor)
             return
         slot.task, slot.started = self._tasks.popleft(), time.monotonic()
         self._busy[slot.actor.score.remote(slot.task)] = slot
@@ -170,9 +202,11 @@ class _Loop:
         else:
             if slot.task is None:
                 slot.name, slot.failed_starts = answer, 0
+                self._observer.worker_started(slot.number, slot.name)
             else:
                 self._slowest = max(self._slowest, time.monotonic() - slot.started)
-                self._observer.committed(answer)
+                self._reasons.pop(slot.task.shard, None)
+                self._observer.committed(answer, slot.number)
             self._give_work(slot)
 
     def _fail_task(self, slot: _Slot, reason: str, *, worker_lost: bool = False) -> None:
@@ -185,7 +219,7 @@ class _Loop:
             # A shard that took its worker down goes last, so that it cannot hold up the others.
             (self._tasks.append if worker_lost else self._tasks.appendleft)(task)
         else:
-            self._observer.quarantine(task.shard, reasons)
+            self._observer.quarantine(task.shard, self._reasons.pop(task.shard))
 
     def _fail_start(self, slot: _Slot, reason: str) -> None:
         """Another actor, or go on without: one bad node must not end a run on a hundred."""
@@ -194,7 +228,7 @@ class _Loop:
         if slot.failed_starts < self._settings.max_attempts:
             self._replace(slot)
             return
-        ray.kill(slot.actor, no_restart=True)
+        self._kill(slot.actor)
         if not self._busy:
             raise BuildError(f"no worker can start, {slot.failed_starts} attempts in a row failed: {reason}")
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 from logitcache_pipeline.engines.base import ENGINES
 from logitcache_storage.errors import InputError
 from logitcache_storage.schema import CONTAINERS, PRECISIONS
+
+ROLES = ("teacher", "reference")
+LOG_FORMATS = ("text", "json")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -22,6 +26,12 @@ class BuildSettings:
     engine: str = "transformers"
     dtype: str = "auto"
     """"float32", "bfloat16" or "float16"; "auto": bfloat16 for workers with GPUs, float32 without."""
+    tensor_parallel: int = 1
+    """Devices that share one copy of the model; for the engine vllm."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Handed to the engine as they are, e.g. vLLM's gpu_memory_utilization."""
+    role: str = "teacher"
+    """What the cache is for: `teacher`, or `reference` for a base, reference or old policy."""
     k: int = 64
     kept_mass: float = 1.0
     precision: str = "u8"
@@ -44,13 +54,49 @@ class BuildSettings:
     """Seconds; None: see `run.RunSettings`."""
     ray_address: str | None = None
     """Address of a Ray cluster; None: a local one that lives as long as the build."""
+    extend: bool = False
+    """Add the data to the cache that is there; `dtype` and `shard_rows` that are not given are the cache's."""
+    allow_quarantine: int = 0
+    """Quarantined shards with which a build still counts as done."""
+    log_format: str = "text"
+    """"text": lines for people; "json": one JSON object a line."""
     dry_run: bool = False
-    """Read, tokenize and plan, say what there is, and stop."""
+    """Read, tokenize and plan, say what there is and what it will take, and stop."""
+    sample_rows: int | None = None
+    """Target rows that a dry run scores to estimate bytes; 0: none; None: see `estimate.default_sample_rows`."""
+    calibrate: float | None = None
+    """Seconds for which a dry run scores to measure the rate of this machine; None: it does not."""
+    price_per_gpu_hour: float | None = None
+    """In any currency; with `calibrate`."""
+
+    @property
+    def teacher_options(self) -> dict[str, Any]:
+        """What the engine is told besides path and dtype."""
+        options = dict(self.engine_options)
+        if self.tokens_per_batch is not None:
+            options["tokens_per_batch"] = self.tokens_per_batch
+        if self.engine == "vllm":
+            options |= {"tensor_parallel": self.tensor_parallel, "max_k": self.k}
+        return options
+
+    @property
+    def devices_per_worker(self) -> float | None:
+        """GPUs of a worker, as asked for or as tensor parallelism needs; None: what the cluster makes of it."""
+        if self.gpus_per_worker is None and self.tensor_parallel > 1:
+            return float(self.tensor_parallel)
+        return self.gpus_per_worker
 
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("data: expected at least one corpus file, URL or dataset name")
-        choices = {"engine": ENGINES, "dtype": DTYPES, "precision": PRECISIONS, "format": CONTAINERS}
+        choices = {
+            "engine": ENGINES,
+            "role": ROLES,
+            "dtype": DTYPES,
+            "precision": PRECISIONS,
+            "format": CONTAINERS,
+            "log_format": LOG_FORMATS,
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
@@ -60,7 +106,30 @@ class BuildSettings:
             raise InputError(f"gpus_per_worker must be at least 0, got {self.gpus_per_worker}")
         if self.shard_deadline is not None and self.shard_deadline <= 0:
             raise InputError(f"shard_deadline must be above 0 seconds, got {self.shard_deadline}")
-        for name in ("k", "shard_rows", "workers", "tokens_per_batch", "max_attempts"):
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise InputError(
+                f"the engine {self.engine} runs on one device, got tensor_parallel {self.tensor_parallel};"
+                " use --engine vllm for a model that needs several"
+            )
+        for name in ("k", "tensor_parallel", "shard_rows", "workers", "tokens_per_batch", "max_attempts"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        self._check_estimate()
+
+    def _check_estimate(self) -> None:
+        for name in ("sample_rows", "calibrate", "price_per_gpu_hour"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise InputError(f"{name} is for an estimate before the build; give it with --dry-run, or leave it out")
+        if self.calibrate is not None and not 0 < self.calibrate < math.inf:
+            raise InputError(f"calibrate must be above 0 seconds, got {self.calibrate}")
+        if self.price_per_gpu_hour is not None:
+            if not 0 <= self.price_per_gpu_hour < math.inf:
+                raise InputError(f"price_per_gpu_hour must be at least 0, got {self.price_per_gpu_hour}")
+            if self.calibrate is None:
+                raise InputError("price_per_gpu_hour needs a measured rate; add --calibrate SECONDS")
+            if self.devices_per_worker == 0:
+                raise InputError("price_per_gpu_hour is given, and workers have no GPU; leave one of the two out")
+        for name in ("sample_rows", "allow_quarantine"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")

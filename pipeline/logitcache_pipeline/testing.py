@@ -8,10 +8,11 @@ VOCAB_SIZE = 271
 MAX_LENGTH = 256
 
 
-def write_teacher(folder: Path, *, seed: int = 0, max_length: int = MAX_LENGTH) -> Path:
+def write_teacher(folder: Path, *, seed: int = 0, max_length: int = MAX_LENGTH, head_dim: int = 8) -> Path:
     """A byte-level tokenizer and a Llama of random weights, as an ordinary checkpoint; returns its folder.
 
-    The vocabulary is padded, as many real ones are: the tokenizer has fewer ids than the model's `VOCAB_SIZE`.
+    The vocabulary is padded, as many real ones are: the tokenizer has fewer ids than the model's `VOCAB_SIZE`. Some
+    kernels of attention need a larger `head_dim`.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -31,6 +32,7 @@ def write_teacher(folder: Path, *, seed: int = 0, max_length: int = MAX_LENGTH) 
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=head_dim,
         max_position_embeddings=max_length,
         initializer_range=0.5,
     )

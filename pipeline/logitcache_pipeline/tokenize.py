@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Overlong = Literal["truncate", "skip", "refuse"]
-Reason = Nothing | Literal["overlong"]
+Reason = Nothing | Literal["overlong", "in_cache"]
 
 RECORDS_PER_CALL = 256
 

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -30,8 +30,8 @@ class TeacherSettings:
     engine: str
     path: str
     dtype: str
-    device: str | None = None
-    tokens_per_batch: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine takes besides."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +41,8 @@ class ShardTask:
     shard: int
     samples: npt.NDArray[np.int64]
     num_rows: int
+    num_tokens: int
+    """Of these samples: how much work it is."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,12 @@ class ShardOutcome:
     num_rows: int
     num_bytes: int
     seconds: float
+    """Of scoring."""
     scored: bool
+    num_tokens: int = 0
+    """That the teacher read; 0 where nothing was scored."""
+    store_seconds: float = 0.0
+    """Of checking, encoding, writing and committing."""
 
 
 class ScoringWorker:
@@ -89,7 +96,15 @@ class ScoringWorker:
         labels = np.concatenate([input_ids[positions] for input_ids, positions in tokens])
         seconds = time.perf_counter() - start
         record = commit_shard(self._store, self._identity, task.shard, topk, labels, seconds=seconds, worker=self.name)
-        return ShardOutcome(task.shard, record.num_rows, record.num_bytes, seconds, scored=True)
+        return ShardOutcome(
+            task.shard,
+            record.num_rows,
+            record.num_bytes,
+            seconds,
+            scored=True,
+            num_tokens=sum(len(input_ids) for input_ids, _ in tokens),
+            store_seconds=time.perf_counter() - start - seconds,
+        )
 
     @cached_property
     def _identity(self) -> CacheIdentity:
@@ -110,19 +125,18 @@ class ScoringWorker:
     @cached_property
     def _teacher(self) -> Teacher:
         settings = self._settings
-        options = {} if settings.tokens_per_batch is None else {"tokens_per_batch": settings.tokens_per_batch}
-        teacher = load_teacher(settings.engine, settings.path, settings.dtype, settings.device, **options)
+        teacher = load_teacher(settings.engine, settings.path, settings.dtype, **settings.options)
         _check_same_teacher(teacher, self._identity)
         return teacher
 
 
 def _check_same_teacher(teacher: Teacher, identity: CacheIdentity) -> None:
     """A node may hold another checkpoint under the same path."""
-    for field in ("weights", "config", "dtype", "engine"):
-        found, expected = getattr(teacher.identity, field), getattr(identity.teacher, field)
+    for name in ("weights", "config", "dtype", "engine"):
+        found, expected = getattr(teacher.identity, name), getattr(identity.teacher, name)
         if found != expected:
             raise MismatchError(
-                f"{teacher.identity.id} on {socket.gethostname()} has another {field} than the cache's teacher:"
+                f"{teacher.identity.id} on {socket.gethostname()} has another {name} than the cache's teacher:"
                 f" found {found[:16]}, expected {expected[:16]}; give every node the same checkpoint"
             )
     if teacher.vocab_size != identity.vocab_size:

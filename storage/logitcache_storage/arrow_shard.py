@@ -1,4 +1,4 @@
-"""A shard as one Arrow IPC file: a record batch per `BATCH_ROWS` rows, zstd-compressed buffers.
+"""A shard as one Arrow IPC file: a record batch per `BATCH_ROWS` rows, compressed buffers.
 
 Faster to read than Zarr and readable wherever Arrow is, at more bytes per row. [N, k] columns are fixed-size
 lists.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from logitcache_storage.committed import CommittedObjects
-from logitcache_storage.encoding import Columns, column_types
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.id_layouts import Columns
 
 BATCH_ROWS = 4096
+COMPRESSION = "lz4"
 
 
 class ArrowShard:
@@ -33,20 +35,30 @@ class ArrowShard:
             ),
         )
         sink = io.BytesIO()
-        with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=COMPRESSION)) as writer:
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 writer.write_batch(batch.slice(start, BATCH_ROWS))
         return {".arrow": sink.getvalue()}
 
-    def read(self, objects: CommittedObjects, prefix: str, precision: str, rows: slice) -> Columns:
-        """Only the record batches that hold the rows are read."""
+    def read(
+        self,
+        objects: CommittedObjects,
+        prefix: str,
+        types: Mapping[str, np.dtype[Any]],
+        num_rows: int,
+        rows: slice,
+    ) -> Columns:
+        """Only the record batches that hold the rows are read; of a whole shard, from one piece of memory."""
         path = f"{prefix}.arrow"
-        with pa.ipc.open_file(pa.PythonFile(VerifiedFile(objects, path), mode="r")) as reader:
+        is_whole = (rows.start, rows.stop) == (0, num_rows)
+        source = pa.py_buffer(objects.get(path)) if is_whole else pa.PythonFile(VerifiedFile(objects, path), mode="r")
+        with pa.ipc.open_file(source) as reader:
             first, last = rows.start // BATCH_ROWS, -(-rows.stop // BATCH_ROWS)
             batches = [reader.get_batch(i) for i in range(first, min(last, reader.num_record_batches))]
             table = pa.Table.from_batches(batches, reader.schema)
+        table.validate()  # that each array has the bytes that its length asks for
         table = table.slice(rows.start - first * BATCH_ROWS, rows.stop - rows.start).combine_chunks()
-        return {name: _to_numpy(table, name, path) for name in column_types(precision)}
+        return {name: _to_numpy(table, name, path) for name in types}
 
 
 class VerifiedFile(io.RawIOBase):

@@ -65,10 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_commands() -> dict[str, EntryPoint]:
-    """Every sub-command by name: those of the checkout we run from, and those of installed packages."""
-    declared = _checkout().get("project", {}).get("entry-points", {}).get(GROUP, {})
-    found = [EntryPoint(name, value, GROUP) for name, value in declared.items()]
-    named = {entry.name: entry for entry in [*found, *entry_points(group=GROUP)]}
+    """Every sub-command by name."""
+    return find_entry_points(GROUP)
+
+
+def find_entry_points(group: str) -> dict[str, EntryPoint]:
+    """Entry points of a group by name: those of the checkout we run from, and those of installed packages."""
+    declared = _checkout().get("project", {}).get("entry-points", {}).get(group, {})
+    found = [EntryPoint(name, value, group) for name, value in declared.items()]
+    named = {entry.name: entry for entry in [*found, *entry_points(group=group)]}
     return dict(sorted(named.items()))
 
 

@@ -5,7 +5,7 @@
     samples/<attempt>-*.parquet, vocabulary/<attempt>.parquet
     commits/00017.json          create-only: which attempt of the shard won
     shards/00017-<attempt>...   the shard's objects
-    manifest.json               all commits in one object, written when every shard is in
+    manifest.parquet, .json     all commits in one table and its checksum, written when every shard is in
     quarantine/00017.json       a shard that could not be scored, and why
 
 Objects of an attempt are written first, under names no other attempt uses; the record that lists them is
@@ -16,14 +16,17 @@ wins, and both wrote a valid result.
 from __future__ import annotations
 
 import datetime
+import logging
+import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from logitcache_storage.committed import CommittedObjects, put_object
-from logitcache_storage.encoding import decode, encode
+from logitcache_storage.committed import shard_prefix as shard_prefix
+from logitcache_storage.encoding import column_types, decode, encode
 from logitcache_storage.errors import (
     CacheNotFoundError,
     CorruptionError,
@@ -33,6 +36,7 @@ from logitcache_storage.errors import (
     ObjectNotFoundError,
 )
 from logitcache_storage.invariants import check_rows
+from logitcache_storage.manifest import Manifest, manifest_bytes, parse_manifest
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.schema import (
     CacheIdentity,
@@ -48,6 +52,17 @@ from logitcache_storage.topk import TopKLogProbs
 
 IDENTITY_PATH = "cache.json"
 MANIFEST_PATH = "manifest.json"
+MANIFEST_TABLE_PATH = "manifest.parquet"
+REPORT_PATH = "report.json"
+"""What the runs of the build took, for people: no reader of the cache asks for it."""
+
+MAX_IDS_PER_BYTE = 4096
+"""Of a shard: far more than any rows compress to, and little enough that what is read fits where its bytes do."""
+
+_EARLY_MANIFEST = re.compile(rb'\{"crc32c": "[0-9a-f]{8}", "shards": \[')
+"""One object that held all commit records."""
+
+log = logging.getLogger(__name__)
 
 
 def new_attempt() -> str:
@@ -63,11 +78,6 @@ def commit_path(shard: int) -> str:
 def quarantine_path(shard: int) -> str:
     """Where the quarantine record of a shard stands."""
     return f"quarantine/{shard:05d}.json"
-
-
-def shard_prefix(shard: int, attempt: str) -> str:
-    """What the paths of one attempt's objects begin with."""
-    return f"shards/{shard:05d}-{attempt}"
 
 
 # Identity
@@ -141,8 +151,9 @@ def commit_shard(
     attempt = new_attempt()
     prefix = shard_prefix(shard, attempt)
     check_rows(topk, labels, identity.vocab_size, where=f"shard {shard}")
-    columns = encode(topk, identity.precision)
-    written = shard_format(identity.container).write(columns, {"shard": shard, "precision": identity.precision})
+    columns = encode(topk, identity.precision, identity.id_layout)
+    attributes = {"shard": shard, "precision": identity.precision, "id_layout": identity.id_layout}
+    written = shard_format(identity.container).write(columns, attributes)
     objects = tuple(put_object(store, prefix + suffix, data) for suffix, data in sorted(written.items()))
     record = ShardRecord(
         shard=shard,
@@ -150,7 +161,7 @@ def commit_shard(
         num_rows=len(topk),
         num_bytes=sum(record.size for record in objects),
         objects=objects,
-        statistics=sum_statistics(decode(columns, identity.precision), labels),
+        statistics=sum_statistics(decode(columns, identity.precision, identity.id_layout), labels),
         seconds=round(seconds, 6),
         worker=worker,
         created=_now(),
@@ -168,15 +179,40 @@ def load_commit(store: ObjectStore, shard: int) -> ShardRecord:
     return _parse_commit(store, path, store.get(path))
 
 
-def load_commits(store: ObjectStore) -> dict[int, ShardRecord]:
-    """All committed shards, from the manifest where there is one, else from the commit records."""
+def load_commits(store: ObjectStore, num_planned: int | None = None) -> Mapping[int, ShardRecord]:
+    """All committed shards, from the manifest where there is a good one, else from the commit records.
+
+    Args:
+        store: where the cache is.
+        num_planned: shards of all plans that were read. A manifest of fewer is older than an extension, and not asked;
+            shards beyond are of an extension that was planned since, and left out.
+    """
     try:
-        manifest = load_record(ManifestRecord, store.get(MANIFEST_PATH), where=f"{store.url}/{MANIFEST_PATH}")
-        return {record.shard: _checked_commit(store, MANIFEST_PATH, record) for record in manifest.shards}
-    except ObjectNotFoundError:
-        paths = [path for path in store.list("commits") if path.endswith(".json")]
+        if (manifest := load_manifest(store)) is not None and len(manifest) >= (num_planned or 0):
+            return manifest if num_planned in (None, len(manifest)) else _below(num_planned, manifest)
+    except CorruptionError as e:
+        # It says nothing that the commit records, each with its own checksum, do not say.
+        log.warning("%s; the commit records are read instead, and the next 'logitcache build' writes it again", e)
+    paths = [path for path in store.list("commits") if path.endswith(".json")]
     records = (_parse_commit(store, path, data) for path, data in zip(paths, store.get_many(paths), strict=True))
-    return {record.shard: record for record in records}
+    return _below(num_planned, {record.shard: record for record in records})
+
+
+def load_manifest(store: ObjectStore) -> Manifest | None:
+    """All commit records in one, or None where there is no manifest, or one of an early writer.
+
+    Raises:
+        CorruptionError: it is damaged, or another one was written just now.
+    """
+    try:
+        data = store.get(MANIFEST_PATH)
+    except ObjectNotFoundError:
+        return None
+    if _EARLY_MANIFEST.match(data):
+        return None
+    record = load_record(ManifestRecord, data, where=f"{store.url}/{MANIFEST_PATH}")
+    table = CommittedObjects(store, (record.table,)).get(record.table.path)
+    return parse_manifest(table, record.num_shards, where=f"{store.url}/{record.table.path}")
 
 
 def committed_shards(store: ObjectStore) -> set[int]:
@@ -185,9 +221,10 @@ def committed_shards(store: ObjectStore) -> set[int]:
     return {int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()}
 
 
-def write_manifest(store: ObjectStore, records: dict[int, ShardRecord]) -> None:
-    """Put all commit records into one object, so that opening a cache takes one read."""
-    store.put(MANIFEST_PATH, dump_record(ManifestRecord(tuple(records[shard] for shard in sorted(records)))))
+def write_manifest(store: ObjectStore, records: Mapping[int, ShardRecord]) -> None:
+    """Put all commit records into one table, so that opening a cache takes two reads."""
+    table = put_object(store, MANIFEST_TABLE_PATH, manifest_bytes(records))
+    store.put(MANIFEST_PATH, dump_record(ManifestRecord(len(records), table)))
 
 
 def read_rows(store: ObjectStore, identity: CacheIdentity, record: ShardRecord, rows: slice) -> TopKLogProbs:
@@ -196,18 +233,24 @@ def read_rows(store: ObjectStore, identity: CacheIdentity, record: ShardRecord, 
     Raises:
         CorruptionError: an object is missing or damaged, or does not hold what the record says.
     """
+    if record.num_rows * identity.k > MAX_IDS_PER_BYTE * record.num_bytes:
+        raise CorruptionError(
+            f"{store.url}/{shard_prefix(record.shard, record.attempt)}: {record.num_rows} rows of {identity.k} ids"
+            f" in {record.num_bytes} bytes, which no writer makes"
+        )
     objects = CommittedObjects(store, record.objects)
     if (rows.start, rows.stop) == (0, record.num_rows):
         objects.fetch_all()
     prefix = shard_prefix(record.shard, record.attempt)
     where = f"{store.url}/{prefix}"
     try:
-        columns = shard_format(identity.container).read(objects, prefix, identity.precision, rows)
+        types = column_types(identity.precision, identity.id_layout, identity.k)
+        columns = shard_format(identity.container).read(objects, prefix, types, record.num_rows, rows)
     except LogitCacheError:
         raise
     except Exception as e:  # Zarr and Arrow answer bytes that they cannot read with errors of many kinds
         raise CorruptionError(f"{where}: not the {identity.container} shard it should be: {e}") from e
-    topk = decode(columns, identity.precision, where=where)
+    topk = decode(columns, identity.precision, identity.id_layout, where=where)
     found, expected = topk.ids.shape, (rows.stop - rows.start, identity.k)
     if found != expected:
         raise CorruptionError(f"{where}: rows of shape {found}, expected {expected}")
@@ -239,14 +282,14 @@ def load_quarantine(store: ObjectStore) -> dict[int, QuarantineRecord]:
     return {record.shard: record for record in found if record.shard not in committed}
 
 
+def _below(num_planned: int | None, records: Mapping[int, ShardRecord]) -> dict[int, ShardRecord]:
+    return {shard: record for shard, record in records.items() if num_planned is None or shard < num_planned}
+
+
 def _parse_commit(store: ObjectStore, path: str, data: bytes) -> ShardRecord:
     record = load_record(ShardRecord, data, where=f"{store.url}/{path}")
     if path != commit_path(record.shard):
         raise CorruptionError(f"{store.url}/{path}: is the record of shard {record.shard}")
-    return _checked_commit(store, path, record)
-
-
-def _checked_commit(store: ObjectStore, path: str, record: ShardRecord) -> ShardRecord:
     prefix = shard_prefix(record.shard, record.attempt)
     for item in record.objects:
         if not item.path.startswith(prefix):

@@ -22,7 +22,7 @@ class CommittedObjects:
     def __init__(self, store: ObjectStore, records: Iterable[ObjectRecord]) -> None:
         self._store = store
         self._records = {record.path: record for record in records}
-        self._whole: dict[str, bytes] = {}
+        self._held: dict[str, tuple[int, bytes]] = {}
 
     def __contains__(self, path: str) -> bool:
         return path in self._records
@@ -38,11 +38,15 @@ class CommittedObjects:
 
     def fetch_all(self) -> None:
         """Fetch every object now, side by side; later reads come from memory."""
-        missing = [path for path in self._records if path not in self._whole]
+        missing = [path for path in self._records if path not in self._held]
         with self._listed():
             found = self._store.get_many(missing)
         for path, data in zip(missing, found, strict=True):
-            self._whole[path] = self._verified(path, data, 0, self.size(path))
+            self._held[path] = 0, self._verified(path, data, 0, self.size(path))
+
+    def fetch(self, path: str, start: int, stop: int) -> None:
+        """Fetch bytes [start, stop) in one request now; later reads within them come from memory."""
+        self._held[path] = start, self.get_range(path, start, stop)
 
     def get(self, path: str) -> bytes:
         """All bytes of an object."""
@@ -52,8 +56,9 @@ class CommittedObjects:
         """Bytes [start, stop); whole blocks are read, so that each can be verified."""
         size = self.size(path)
         start, stop = min(start, size), min(stop, size)
-        if path in self._whole:
-            return self._whole[path][start:stop]
+        held_from, held = self._held.get(path, (0, b""))
+        if held_from <= start and stop <= held_from + len(held):
+            return held[start - held_from : stop - held_from]
         first = start - start % BLOCK_BYTES
         last = max(first, min(size, -(-stop // BLOCK_BYTES) * BLOCK_BYTES))
         with self._listed():
@@ -87,6 +92,11 @@ class CommittedObjects:
                     f" commit says {expected:#010x}; {_REMEDY}"
                 )
         return data
+
+
+def shard_prefix(shard: int, attempt: str) -> str:
+    """What the paths of one attempt's objects begin with."""
+    return f"shards/{shard:05d}-{attempt}"
 
 
 def block_checksums(data: bytes) -> tuple[int, ...]:

@@ -19,8 +19,9 @@ from logitcache_storage.commit import commit_shard, create_or_continue, read_row
 from logitcache_storage.committed import CommittedObjects, object_record
 from logitcache_storage.encoding import decode, encode
 from logitcache_storage.errors import CorruptionError, InputError, ObjectExistsError, ObjectNotFoundError
+from logitcache_storage.id_layouts import default_id_layout
 from logitcache_storage.objects import ObjectStore
-from logitcache_storage.schema import BLOCK_BYTES, CONTAINERS, PRECISIONS, CacheIdentity, ShardRecord
+from logitcache_storage.schema import BLOCK_BYTES, CONTAINERS, ID_LAYOUTS, PRECISIONS, CacheIdentity, ShardRecord
 from logitcache_storage.testing import make_identity, make_topk
 from logitcache_storage.topk import TopKLogProbs
 
@@ -48,6 +49,12 @@ HOSTILE_PATHS = (
 
 ROW_EDGES = (0, 1, 4095, 4096, 4097, 8191, 8192, 8193)
 """Rows where chunks and batches begin and end, and their neighbours."""
+
+ENCODINGS = sorted(
+    {(container, precision, default_id_layout(container, 1)) for container in CONTAINERS for precision in PRECISIONS}
+    | {(container, "u8", layout) for container in CONTAINERS for layout in ID_LAYOUTS}
+)
+"""(container, precision, id layout): what new caches are made of, and every layout in every container."""
 
 
 class StoreConformance:
@@ -189,46 +196,49 @@ class StoreConformance:
         _expect_damage(store, record.path, CommittedObjects(store, [record]), 0, 1)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("encoding", ENCODINGS, ids="-".join)
 class ShardConformance:
     """A shard format that keeps every column to the last bit, in whole and in parts."""
 
     @pytest.mark.parametrize(
         ("num_rows", "k"), [(0, 3), (1, 1), (5, 97), (4095, 2), (4096, 1), (4097, 3)], ids=lambda v: str(v)
     )
-    def test_round_trip(self, store: ObjectStore, container: str, precision: str, num_rows: int, k: int) -> None:
+    def test_round_trip(self, store: ObjectStore, encoding: tuple[str, str, str], num_rows: int, k: int) -> None:
         """One row, no row, one id, the whole vocabulary, and around the size of a chunk."""
-        identity, topk, record = _written(store, container, precision, num_rows, k)
+        identity, expected, record = _written(store, encoding, num_rows, k)
         found = read_rows(store, identity, record, slice(0, num_rows))
-        assert found.equals(decode(encode(topk, precision), precision))
+        assert found.equals(expected)
         assert (record.num_rows, record.num_bytes) == (num_rows, sum(item.size for item in record.objects))
 
-    def test_partial_reads(self, store: ObjectStore, container: str, precision: str) -> None:
+    def test_partial_reads(self, store: ObjectStore, encoding: tuple[str, str, str]) -> None:
         """Rows from each edge to each later one, and no rows."""
-        identity, topk, record = _written(store, container, precision, ROW_EDGES[-1], 2)
-        expected = decode(encode(topk, precision), precision)
+        identity, expected, record = _written(store, encoding, ROW_EDGES[-1], 2)
         pairs = [*pairwise(ROW_EDGES), (0, 4096), (1, 8192), (4095, 8193), (4096, 4096), (0, 8193)]
         for start, stop in pairs:
             found = read_rows(store, identity, record, slice(start, stop))
             assert found.equals(expected[start:stop]), (start, stop)
 
-    def test_rows_past_the_end_are_damage(self, store: ObjectStore, container: str, precision: str) -> None:
-        """A record that promises more rows than the shard has."""
-        identity, _, record = _written(store, container, precision, 3, 2)
+    def test_rows_past_the_end_are_damage(self, store: ObjectStore, encoding: tuple[str, str, str]) -> None:
+        """Rows that the shard does not have."""
+        identity, _, record = _written(store, encoding, 3, 2)
         with pytest.raises(CorruptionError, match="shards/00000"):
             read_rows(store, identity, record, slice(0, 4))
 
 
 def _written(
-    store: ObjectStore, container: str, precision: str, num_rows: int, k: int
+    store: ObjectStore, encoding: tuple[str, str, str], num_rows: int, k: int
 ) -> tuple[CacheIdentity, TopKLogProbs, ShardRecord]:
+    """The identity of a cache of one shard, the rows that must be read from it, and its record."""
     vocab_size = 97
-    identity = make_identity(container=container, precision=precision, k=k, vocab_size=vocab_size, shard_rows=9000)
+    container, precision, layout = encoding
+    identity = make_identity(
+        container=container, precision=precision, id_layout=layout, k=k, vocab_size=vocab_size, shard_rows=9000
+    )
     create_or_continue(store, identity)
     labels = np.random.default_rng(1).integers(vocab_size, size=num_rows).astype(np.int32)
     topk = make_topk(num_rows, k, vocab_size, labels=labels).keep_mass(0.999)
-    return identity, topk, commit_shard(store, identity, 0, topk, labels, seconds=0.0, worker="test")
+    record = commit_shard(store, identity, 0, topk, labels, seconds=0.0, worker="test")
+    return identity, decode(encode(topk, precision, layout), precision, layout), record
 
 
 def _expect_damage(store: ObjectStore, path: str, objects: CommittedObjects, start: int, stop: int) -> None:

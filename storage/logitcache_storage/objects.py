@@ -2,27 +2,43 @@
 
 A store is a flat namespace of immutable objects below one URL. Two things matter: `create` never replaces an
 object and is all or nothing, and reads can ask for a range. Checksums live one layer up, in `committed.py`.
+
+A client may repeat a `create` whose answer was lost, and is then told that its own object is already there: whoever
+gets ObjectExistsError reads what is there, and goes on with that.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
 import fsspec
 
 from logitcache_storage.errors import (
+    InputError,
     LogitCacheError,
     ObjectExistsError,
     ObjectNotFoundError,
     StoreError,
 )
 from logitcache_storage.schema import parse_object_path
+
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 20
+"""Without a byte from the server for so long, a request has failed. Clients repeat it a few times by themselves: a
+server that has stopped answering is given up after two to five minutes."""
+WRITE_SECONDS = 180
+SLOWEST_LINK = 100_000
+"""Bytes per second. A write may take so long, all repetitions by the client counted, and on such a link."""
+
+_SECRET_IN_URL = re.compile(r"//[^/@]*:[^/@]*@|[?&;](sig|X-Amz-Signature|X-Goog-Signature)=", re.IGNORECASE)
 
 
 class ObjectStore(Protocol):
@@ -56,11 +72,20 @@ def open_store(url: str, storage_options: Mapping[str, Any] | None = None) -> Ob
     """The store behind a URL: a plain path or file:// is local disk, anything else goes through fsspec.
 
     Args:
-        url: where the cache is, e.g. `./cache`, `s3://bucket/cache`.
-        storage_options: handed to fsspec (credentials, endpoint); never written anywhere.
+        url: where the cache is, e.g. `./cache`, `s3://bucket/cache`; it stands in records, logs and messages.
+        storage_options: handed to fsspec (credentials, endpoint, timeouts); never written anywhere.
+
+    Raises:
+        InputError: a password or a signature stands in the URL.
+        StoreError: no such protocol, or its client is not installed or refuses the options.
     """
     if "://" not in url or url.startswith("file://"):
         return LocalStore(url.removeprefix("file://"))
+    if _SECRET_IN_URL.search(url):
+        raise InputError(
+            f"{url.split('://')[0]}://...: a URL stands in records and logs, so it must hold no password or signature;"
+            " give them as storage options, or through the environment"
+        )
     return FsspecStore(url, storage_options)
 
 
@@ -161,23 +186,18 @@ class FsspecStore(ObjectStore):
         with _store_errors(self.url, path):
             try:
                 return bytes(fs.cat_file(full, start=start, end=stop))
-            except FileNotFoundError:
-                raise
-            except Exception:
-                # Servers refuse a range that holds no byte of the object, each in its own words.
-                if start >= fs.size(full):
+            except Exception as e:
+                if _http_status(e) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:  # no byte of the object is in it
                     return b""
                 raise
 
     def put(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path, writing=True):
-            self._connected().pipe_file(self._full(path), data)
+        self._write(path, data, mode="overwrite")
 
     def create(self, path: str, data: bytes) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path, writing=True):
-            self._connected().pipe_file(self._full(path), data, mode="create")
+        self._write(path, data, mode="create")
 
     def list(self, prefix: str) -> list[str]:
         """See `ObjectStore`."""
@@ -198,11 +218,22 @@ class FsspecStore(ObjectStore):
             except FileNotFoundError:
                 return
 
+    def _write(self, path: str, data: bytes, *, mode: str) -> None:
+        fs, full = self._connected(), self._full(path)
+        with _store_errors(self.url, path, writing=True):
+            if not fs.async_impl:
+                fs.pipe_file(full, data, mode=mode)
+                return
+            # No client bounds the wait for a server that takes no more bytes, or that is to say "100 Continue".
+            seconds = WRITE_SECONDS + len(data) / SLOWEST_LINK
+            fsspec.asyn.sync(fs.loop, fs._pipe_file, full, data, mode=mode, timeout=seconds)
+
     def _connect(self) -> None:
+        options = {**self._options, **_timeouts(self.url, self._options)}
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **self._options)
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except Exception as e:
-            raise StoreError(f"{self.url}: cannot be opened: {type(e).__name__}: {e}") from e
+            raise StoreError(f"{self.url}: cannot be opened: {_described(e)}") from e
         self._pid = os.getpid()
 
     def _connected(self) -> Any:
@@ -229,13 +260,70 @@ def _store_errors(url: str, path: str, *, writing: bool = False) -> Iterator[Non
                 f"{where}: cannot be written, there is no such bucket or folder; make it, or check the URL"
             ) from e
         raise ObjectNotFoundError(f"{where}: no such object") from e
-    except PermissionError as e:
-        raise StoreError(f"{where}: permission denied ({e}); check the credentials and the rights on {url}") from e
     except LogitCacheError:
         raise
-    except Exception as e:  # clients raise what they like: botocore and aiohttp errors are no OSErrors
-        hint = "; the disk is full" if getattr(e, "errno", None) == errno.ENOSPC else ""
-        raise StoreError(f"{where}: {type(e).__name__}: {e}{hint}") from e
+    except Exception as e:  # clients raise what they like: those of botocore, Azure and aiohttp are no OSErrors
+        raise StoreError(f"{where}: {_described(e)}{_remedy(e, url, writing=writing)}") from e
+
+
+def _described(error: Exception) -> str:
+    """What a client says, in one line: some add the whole answer of the server."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+def _remedy(error: Exception, url: str, *, writing: bool) -> str:
+    status, said = _http_status(error), f"{type(error).__name__} {error}"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "; the disk is full"
+    if isinstance(error, PermissionError) or status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        right = "written" if writing else "read"
+        return f"; permission denied: check the credentials, and that they allow {url} to be {right}"
+    if "redential" in said:
+        return "; give credentials as storage options, or through the environment"
+    if status == HTTPStatus.NOT_FOUND:
+        return "; there is no such bucket or folder: make it, or check the URL"
+    if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in said or "onnect" in said:
+        return "; check the network and the endpoint, and run the same command again to continue"
+    return ""
+
+
+def _http_status(error: BaseException | None) -> int | None:
+    """What the server answered, wherever the client keeps it; None where it does not say."""
+    while error is not None:
+        answer = getattr(error, "response", None)  # botocore
+        if isinstance(answer, dict) and "ResponseMetadata" in answer:
+            return int(answer["ResponseMetadata"].get("HTTPStatusCode", 0)) or None
+        for name in ("status_code", "status", "code"):  # azure, aiohttp, gcsfs
+            value = getattr(error, name, None)
+            if isinstance(value, int | str) and str(value).isdecimal():
+                return int(value)
+        if isinstance(error, OSError) and str(error).startswith("Forbidden:"):  # gcsfs
+            return HTTPStatus.FORBIDDEN
+        error = error.__cause__
+    return None
+
+
+def _timeouts(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Storage options that bound the wait for a server, where the user has not set them.
+
+    By their own defaults s3fs waits seven minutes for a server that does not answer, adlfs five, gcsfs for ever.
+    """
+    protocol = url.split("://")[0]
+    bounds: dict[str, Any]
+    given = {**fsspec.config.conf.get(protocol, {}), **options}
+    if protocol in ("s3", "s3a"):
+        # s3fs repeats what timed out five times, and botocore all that it repeats; refusals are left to botocore.
+        bounds = {"read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 5}}
+        return {"config_kwargs": {**bounds, **given.get("config_kwargs", {})}}
+    bounds = {}
+    if protocol in ("gs", "gcs"):
+        import aiohttp
+
+        bounds = {"requests_timeout": aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=ANSWER_SECONDS)}
+    elif protocol in ("az", "abfs", "abfss"):
+        bounds = {"connection_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
+    return {name: value for name, value in bounds.items() if name not in given}
 
 
 def _make_folders(folder: Path) -> None:

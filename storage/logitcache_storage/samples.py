@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +15,22 @@ import pyarrow.parquet as pq
 
 from logitcache_storage.arrow_shard import VerifiedFile
 from logitcache_storage.committed import CommittedObjects
+from logitcache_storage.disk_cache import DiskCache
 from logitcache_storage.errors import CorruptionError, LogitCacheError
+from logitcache_storage.fingerprints import fingerprint
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.sample_index import (
+    PLACE_BYTES,
+    PLACE_COLUMNS,
+    Places,
+    SampleIndex,
+    check_inside_shards,
+    find_key,
+    load_index,
+    parse_places,
+)
 from logitcache_storage.schema import ObjectRecord, PlanPart, PlanRecord
+from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
 
 SAMPLES_SCHEMA = pa.schema(
     [
@@ -38,18 +52,49 @@ TOKEN_COLUMNS = ("input_ids", "target_ranges")
 ROWS_PER_GROUP = 1024
 """Samples in a parquet row group: the i-th sample of a part stands in row group i // ROWS_PER_GROUP."""
 
-TOKEN_GROUPS_KEPT = 256
-"""Row groups of token ids that stay in memory: 256 * 1,024 samples of 1,000 tokens are 1 GB."""
+GROUPS_KEPT = 256
+"""Row groups that stay in memory: 256 * 1,024 samples of 1,000 tokens are 1 GB."""
+
+MAX_VALUES_AT_ONCE = 1 << 24
+MAX_VALUES_PER_BYTE = 1024
+"""What a column of a row group may hold: so many values, or so many for each byte of its object. Equal ones take none,
+and would fill the memory."""
+
+FOOTERS_KEPT = 64
+"""Parts whose Parquet footer stays in memory."""
 
 
 class SamplesTable:
     """The samples of a plan, in its order, whether or not their shards are committed."""
 
-    def __init__(self, store: ObjectStore, plan: PlanRecord) -> None:
-        self._store = store
-        self._plan = plan
+    def __init__(self, store: ObjectStore, plan: PlanRecord, disk_cache: DiskCache | None = None) -> None:
+        """With a `disk_cache`, row groups are kept there once they have been read."""
+        self._store, self._plan, self._disk_cache = store, plan, disk_cache
         self._first_samples = [part.first_sample for part in plan.parts]
-        self._token_groups: dict[tuple[int, int], pa.Table] = {}
+        self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
+        self._footers: dict[int, Any] = {}
+
+    def places(self) -> SampleIndex:
+        """Where all samples stand and how long they are.
+
+        Raises:
+            CorruptionError: an index or a part is damaged, or points outside the plan's shards.
+        """
+        for part in self._plan.parts:
+            size = part.object.size
+            if part.index is None and part.num_samples > MAX_VALUES_PER_BYTE * size:
+                path = f"{self._store.url}/{part.object.path}"
+                raise CorruptionError(f"{path}: {part.num_samples} samples in {size} bytes, which no writer makes")
+        return load_index(self._plan, self._places, where=self._store.url)
+
+    def find(self, wanted: str) -> list[tuple[int, bytes]]:
+        """(sample, key) of the samples whose key begins with these lower-case hex digits; looks at every key."""
+        return find_key(wanted, ((part.first_sample, self._keys(part)) for part in self._plan.parts))
+
+    def keys(self) -> npt.NDArray[np.void]:
+        """The key of every sample, 16 bytes each."""
+        parts = [self._keys(part).view("V16")[:, 0] for part in self._plan.parts]
+        return np.concatenate([np.zeros(0, "V16"), *parts])
 
     def index(self) -> pa.Table:
         """All samples, without their tokens: the fixed columns and the corpus's own.
@@ -58,75 +103,164 @@ class SamplesTable:
             CorruptionError: a part is damaged, lacks a column, or points outside the plan's shards.
         """
         fixed = pa.schema([f for f in SAMPLES_SCHEMA if f.name not in TOKEN_COLUMNS])
-        tables = [self._read_index(part) for part in self._plan.parts]
+        tables = [self._read_part(part, None) for part in self._plan.parts]
         try:
             table = pa.concat_tables(tables) if tables else fixed.empty_table()
         except pa.ArrowInvalid as e:
             raise CorruptionError(f"{self._store.url}: the parts of the samples table differ: {e}") from e
-        for f in fixed:
-            if f.name not in table.column_names or table.schema.field(f.name).type != f.type:
-                raise CorruptionError(f"{self._store.url}: samples table without a column {f.name!r} of {f.type}")
-        self._check_inside_shards(table)
+        sizes = np.asarray(self._plan.shard_num_rows, dtype=np.int64)
+        check_inside_shards(_places_of(table), sizes, self._store.url)
         return table
+
+    def column_names(self) -> list[str]:
+        """The columns of `index`."""
+        if not self._plan.parts:
+            return [name for name in SAMPLES_SCHEMA.names if name not in TOKEN_COLUMNS]
+        record = self._plan.parts[0].object
+        return _without_tokens(read_parquet_object(self._store, record).schema_arrow.names)
+
+    def describe(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """The columns of `index` for these samples, one after the other."""
+        found = []
+        for sample in samples:
+            table, row = self._group_of(sample)
+            found += table.select(_without_tokens(table.column_names)).slice(row, 1).to_pylist()
+        return found
+
+    def key(self, sample: int) -> bytes:
+        """The key of one sample."""
+        table, row = self._group_of(sample)
+        return bytes(table.column("key")[row].as_py())
 
     def tokens(self, sample: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
         """(input_ids [L], target_positions [M]) of one sample of the plan."""
+        table, row = self._group_of(sample)
+        ids, ranges = (table.column(name)[row].values.to_numpy() for name in TOKEN_COLUMNS)
+        return ids, target_positions(ranges)
+
+    def groups_of(self, samples: npt.NDArray[np.integer]) -> list[tuple[int, int]]:
+        """(part, row group) of each sample, each once, in the order in which they are first needed."""
+        part = np.searchsorted(self._first_samples, samples, side="right") - 1
+        group = (samples - np.asarray(self._first_samples)[part]) // ROWS_PER_GROUP
+        return list(dict.fromkeys(zip(part.tolist(), group.tolist(), strict=True)))
+
+    def read_ahead(self, part: int, group: int) -> memoryview | None:
+        """A row group in the disk cache, kept there while somebody has it (`DiskCache.get_ahead`)."""
+        assert self._disk_cache is not None
+        name, source = self._local_name(part, group), self._plan.parts[part].object.path
+        return self._disk_cache.get_ahead(name, lambda: self._group_bytes(part, group), source=source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is kept in memory can be read again; a worker process need not be sent it.
+        return {**self.__dict__, "_groups": OrderedDict(), "_footers": {}}
+
+    def _group_of(self, sample: int) -> tuple[pa.Table, int]:
+        """The row group that holds a sample, and its row there."""
         if not 0 <= sample < self._plan.num_samples:
             raise IndexError(f"sample {sample} of a plan with {self._plan.num_samples}")
         part = bisect.bisect_right(self._first_samples, sample) - 1
         group, row = divmod(sample - self._first_samples[part], ROWS_PER_GROUP)
-        table = self._token_group(part, group)
-        ids, ranges = (table.column(name)[row].values.to_numpy() for name in TOKEN_COLUMNS)
-        return ids, target_positions(ranges)
+        return self._group(part, group), row
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What is kept in memory can be read again; a worker process need not be sent it.
-        return {**self.__dict__, "_token_groups": {}}
-
-    def _token_group(self, part: int, group: int) -> pa.Table:
-        """Tokens of one row group of a part, kept in memory while they are in use."""
-        if (part, group) in self._token_groups:
-            table = self._token_groups.pop((part, group))
+    def _group(self, part: int, group: int) -> pa.Table:
+        """One row group of a part with all its columns, kept in memory while it is in use."""
+        if (part, group) in self._groups:
+            self._groups.move_to_end((part, group))
+            return self._groups[part, group]
+        if self._disk_cache is None:
+            table = self._read_group(part, group)
         else:
-            record = self._plan.parts[part]
-            expected = min(ROWS_PER_GROUP, record.num_samples - group * ROWS_PER_GROUP)
-            with _decoding(self._store, record.object.path):
-                file = read_parquet_object(self._store, record.object)
-                table = file.read_row_group(group, columns=list(TOKEN_COLUMNS)).combine_chunks()
-                if table.num_rows != expected:
-                    raise CorruptionError(
-                        f"{self._store.url}/{record.object.path}: {table.num_rows} samples in row group {group},"
-                        f" expected {expected}"
-                    )
-        self._token_groups[part, group] = table
-        while len(self._token_groups) > TOKEN_GROUPS_KEPT:
-            self._token_groups.pop(next(iter(self._token_groups)))
+            name, source = self._local_name(part, group), self._plan.parts[part].object.path
+            data = self._disk_cache.get(name, lambda: self._group_bytes(part, group), source=source)
+            table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+        self._groups[part, group] = table
+        while len(self._groups) > GROUPS_KEPT:
+            self._groups.popitem(last=False)
         return table
 
-    def _read_index(self, part: PlanPart) -> pa.Table:
+    def _read_group(self, part: int, group: int) -> pa.Table:
+        record = self._plan.parts[part]
+        expected = min(ROWS_PER_GROUP, record.num_samples - group * ROWS_PER_GROUP)
+        path, where = record.object.path, f"{self._store.url}/{record.object.path}"
+        with _decoding(self._store, path):
+            objects = CommittedObjects(self._store, (record.object,))
+            file = _open_parquet(objects, path, self._footers.get(part))
+            # Of the metadata alone: nothing is allocated for more samples than a group may have.
+            found = file.metadata.row_group(group).num_rows if group < file.num_row_groups else 0
+            if found != expected:
+                raise CorruptionError(f"{where}: {found} samples in row group {group}, expected {expected}")
+            objects.fetch(path, *_byte_range(file.metadata.row_group(group)))
+            table = file.read_row_group(group).combine_chunks()
+        _check_schema(table, where, SAMPLES_SCHEMA.names)
+        self._footers[part] = file.metadata
+        for old in list(self._footers)[:-FOOTERS_KEPT]:  # other threads may do the same
+            self._footers.pop(old, None)
+        return table
+
+    def _group_bytes(self, part: int, group: int) -> list[Any]:
+        table, sink = self._read_group(part, group), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        return [sink.getvalue()]
+
+    def _local_name(self, part: int, group: int) -> str:
+        # The CRCs tell two parts apart that have one name in two caches.
+        record = self._plan.parts[part].object
+        return f"{fingerprint([record.path, record.size, list(record.block_crc32c)])[:32]}-{group:05d}.samples"
+
+    def _places(self, part: PlanPart) -> Places:
+        if part.index is None:
+            table = self._read_part(part, PLACE_COLUMNS)
+            return _places_of(table)
+        objects = CommittedObjects(self._store, (part.index,))
+        return parse_places(objects.get_range(part.index.path, 0, PLACE_BYTES * part.num_samples))
+
+    def _keys(self, part: PlanPart) -> npt.NDArray[np.uint64]:
+        """[n, 2], big-endian."""
+        if part.index is None:
+            data = b"".join(self._read_part(part, ("key",)).column("key").to_pylist())
+        else:
+            objects = CommittedObjects(self._store, (part.index,))
+            data = objects.get_range(part.index.path, PLACE_BYTES * part.num_samples, part.index.size)
+        return np.frombuffer(data, ">u8").reshape(-1, 2)
+
+    def _read_part(self, part: PlanPart, names: Sequence[str] | None) -> pa.Table:
+        """Columns of a whole part; without names all but the tokens."""
+        where = f"{self._store.url}/{part.object.path}"
         with _decoding(self._store, part.object.path):
             file = read_parquet_object(self._store, part.object)
-            table = file.read([name for name in file.schema_arrow.names if name not in TOKEN_COLUMNS])
-        if table.num_rows != part.num_samples:
-            raise CorruptionError(
-                f"{self._store.url}/{part.object.path}: {table.num_rows} samples, the plan says {part.num_samples}"
-            )
+            if file.metadata.num_rows != part.num_samples:
+                raise CorruptionError(f"{where}: {file.metadata.num_rows} samples, the plan says {part.num_samples}")
+            # A table of a few bytes may claim any number of rows; groups are bounded, and each takes bytes of its own.
+            if file.num_row_groups > part.object.size:
+                raise CorruptionError(f"{where}: {file.num_row_groups} row groups in {part.object.size} bytes")
+            sizes = {file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)}
+            if max(sizes, default=0) > ROWS_PER_GROUP:
+                raise CorruptionError(f"{where}: row groups of {max(sizes)} samples, expected {ROWS_PER_GROUP}")
+            table = file.read(list(names) if names else _without_tokens(file.schema_arrow.names))
+        _check_schema(table, where, names)
         return table
-
-    def _check_inside_shards(self, table: pa.Table) -> None:
-        sizes = np.asarray(self._plan.shard_num_rows, dtype=np.int64)
-        shard = table.column("shard").to_numpy()
-        first = table.column("first_row").to_numpy().astype(np.int64)
-        count = table.column("num_targets").to_numpy()
-        inside = (shard >= 0) & (shard < len(sizes)) & (first >= 0) & (count >= 1)
-        if not inside.all() or (len(shard) and (first + count > sizes[shard]).any()):
-            raise CorruptionError(f"{self._store.url}: the samples table points outside the shards of the plan")
 
 
 def read_parquet_object(store: ObjectStore, record: ObjectRecord) -> pq.ParquetFile:
     """A committed parquet object, opened; every byte read from it is verified."""
     with _decoding(store, record.path):
-        return pq.ParquetFile(pa.PythonFile(VerifiedFile(CommittedObjects(store, (record,)), record.path), mode="r"))
+        return _open_parquet(CommittedObjects(store, (record,)), record.path)
+
+
+def read_vocabulary(store: ObjectStore, record: ObjectRecord, vocab_size: int) -> pa.Table:
+    """The vocabulary, a row for each id.
+
+    Raises:
+        CorruptionError: it is damaged, or has more rows than ids.
+    """
+    with _decoding(store, record.path):
+        file = _open_parquet(CommittedObjects(store, (record,)), record.path)
+        if file.metadata.num_rows > vocab_size:
+            raise CorruptionError(
+                f"{store.url}/{record.path}: {file.metadata.num_rows} words, and there are {vocab_size} ids"
+            )
+        return file.read(VOCABULARY_SCHEMA.names).cast(VOCABULARY_SCHEMA)
 
 
 def target_positions(target_ranges: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
@@ -137,6 +271,40 @@ def target_positions(target_ranges: npt.NDArray[np.int32]) -> npt.NDArray[np.int
     return np.asarray(np.repeat(starts, lengths) + np.arange(lengths.sum()) - before, dtype=np.int32)
 
 
+def _open_parquet(objects: CommittedObjects, path: str, footer: Any = None) -> pq.ParquetFile:
+    file = pq.ParquetFile(pa.PythonFile(VerifiedFile(objects, path), mode="r"), metadata=footer)
+    if footer is None:
+        most = max(MAX_VALUES_AT_ONCE, MAX_VALUES_PER_BYTE * objects.size(path))
+        groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
+        found = max((group.column(i).num_values for group in groups for i in range(group.num_columns)), default=0)
+        if found > most:
+            raise CorruptionError(f"{path}: {found} values in {objects.size(path)} bytes, which no writer makes")
+    return file
+
+
+def _byte_range(row_group: Any) -> tuple[int, int]:
+    """Where the bytes of a row group stand."""
+    columns = [row_group.column(i) for i in range(row_group.num_columns)]
+    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+    return min(starts), max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
+
+
+def _without_tokens(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in TOKEN_COLUMNS]
+
+
+def _places_of(table: pa.Table) -> Places:
+    return tuple(table.column(name).to_numpy() for name in PLACE_COLUMNS)
+
+
+def _check_schema(table: pa.Table, where: str, names: Sequence[str] | None = None) -> None:
+    """The fixed columns among `names` (all but the tokens where there are none) are there and of their types."""
+    for f in SAMPLES_SCHEMA:
+        is_wanted = f.name in names if names else f.name not in TOKEN_COLUMNS
+        if is_wanted and (f.name not in table.column_names or table.schema.field(f.name).type != f.type):
+            raise CorruptionError(f"{where}: samples table without a column {f.name!r} of {f.type}")
+
+
 @contextmanager
 def _decoding(store: ObjectStore, path: str) -> Iterator[None]:
     """What Parquet makes of bytes that are as committed but no samples or vocabulary table."""
@@ -144,5 +312,5 @@ def _decoding(store: ObjectStore, path: str) -> Iterator[None]:
         yield
     except LogitCacheError:
         raise
-    except (pa.ArrowException, OSError, LookupError) as e:
+    except (pa.ArrowException, OSError, LookupError, ValueError) as e:
         raise CorruptionError(f"{store.url}/{path}: not the Parquet file it should be: {e}") from e

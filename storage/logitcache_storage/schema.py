@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,19 @@ from logitcache_storage.errors import CorruptionError, InputError, MismatchError
 
 FORMAT_VERSION = 1
 MAX_METADATA_BYTES = 1 << 28
+MAX_DEPTH = 32
+"""Of free-form values within a record."""
 BLOCK_BYTES = 1 << 18
 """Every object carries one CRC-32C per block of this many bytes, so that a range read is verified too."""
+INDEX_BYTES = 32
+"""Of one sample in the index of a part of the samples table."""
 MAX_SHARD_ROWS = (1 << 31) - 1
 """Rows of a shard are counted in int32."""
 PRECISIONS = ("u8", "u10", "fp16", "fp32")
 CONTAINERS = ("zarr", "arrow")
+ID_LAYOUTS = ("plain", "ascending", "split")
+MAX_SPLIT_VOCAB = 1 << 24
+"""The id layout `split` has 24 bits for an id."""
 
 _CHECKSUM = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"')
 _ATTEMPT = re.compile("[0-9a-f]{16}")
@@ -80,6 +88,8 @@ class CacheIdentity:
     container: str
     shard_rows: int
     role: str = "teacher"
+    id_layout: str = "plain"
+    """How ids and codes are laid out (`id_layouts`); early writers knew only this one, and did not name it."""
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -94,12 +104,18 @@ class CacheIdentity:
         _require(0.0 < self.kept_mass <= 1.0, "kept_mass", "in (0, 1]", self.kept_mass)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         _require(self.container in CONTAINERS, "container", f"one of {', '.join(CONTAINERS)}", self.container)
+        _require(self.id_layout in ID_LAYOUTS, "id_layout", f"one of {', '.join(ID_LAYOUTS)}", self.id_layout)
+        fits = self.id_layout != "split" or self.vocab_size <= MAX_SPLIT_VOCAB
+        _require(fits, "vocab_size", f"<= {MAX_SPLIT_VOCAB} with id_layout 'split'", self.vocab_size)
         _require(self.shard_rows >= 1, "shard_rows", ">= 1", self.shard_rows)
 
     def differences(self, other: CacheIdentity) -> list[str]:
-        """Fields that differ from `other`, as "field: mine, theirs"; where the teacher was found is no difference."""
+        """Fields that differ from `other`, as "field: mine, theirs".
+
+        Where the teacher was found is no difference, nor is the id layout: a cache goes on with the one it has.
+        """
         mine, theirs = _flatten(to_json(self)), _flatten(to_json(other))
-        informative = {"teacher.id", "teacher.revision"}
+        informative = {"teacher.id", "teacher.revision", "id_layout"}
         return [
             f"{name}: {mine.get(name)!r}, {theirs.get(name)!r}"
             for name in sorted(mine.keys() | theirs.keys())
@@ -134,6 +150,13 @@ class PlanPart:
     first_sample: int
     num_samples: int
     object: ObjectRecord
+    index: ObjectRecord | None = None
+    """Where its samples stand, how long they are and their keys (`sample_index`); early writers made none."""
+
+    def __post_init__(self) -> None:
+        if self.index is not None:
+            expected = INDEX_BYTES * self.num_samples
+            _require(self.index.size == expected, f"{self.index.path}: size", str(expected), self.index.size)
 
 
 @dataclass(frozen=True)
@@ -162,6 +185,27 @@ class PlanRecord:
             first_sample += part.num_samples
         _require(self.num_samples == first_sample, "num_samples", f"the parts' {first_sample}", self.num_samples)
 
+    @property
+    def objects(self) -> tuple[ObjectRecord, ...]:
+        """Everything that the plan lists: the parts of the samples table, their indexes, the vocabulary."""
+        indexes = (part.index for part in self.parts if part.index is not None)
+        return (*(part.object for part in self.parts), *indexes, self.vocabulary)
+
+
+@dataclass(frozen=True)
+class ExtensionRecord:
+    """A plan of further data: its samples and shards stand behind those of all plans before it."""
+
+    corpus: CorpusIdentity
+    """The data of this plan; that of the first plan stands in the cache's identity."""
+    first_shard: int
+    """Number of its first shard in the cache, which is the number of shards planned before."""
+    plan: PlanRecord
+    """Numbered from 0, but for the column `shard` of its samples, which holds the cache's numbers."""
+
+    def __post_init__(self) -> None:
+        _require(self.first_shard >= 0, "first_shard", ">= 0", self.first_shard)
+
 
 @dataclass(frozen=True)
 class ShardRecord:
@@ -187,9 +231,14 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ManifestRecord:
-    """All commit records of a complete cache, in order of shard."""
+    """Where all commit records of a complete cache stand as one table (`manifest`)."""
 
-    shards: tuple[ShardRecord, ...]
+    num_shards: int
+    table: ObjectRecord
+
+    def __post_init__(self) -> None:
+        # An attempt's name is 8 random bytes, so a table of fewer for each shard is none.
+        _require(0 <= 8 * self.num_shards <= self.table.size, "num_shards", "within the table", self.num_shards)
 
 
 @dataclass(frozen=True)
@@ -203,8 +252,8 @@ class QuarantineRecord:
 
 
 def to_json(record: Any) -> Any:
-    """The record as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(record)))
+    """The record as plain JSON values; fields that are None are left out."""
+    return json.loads(json.dumps(_as_dict(record)))
 
 
 def dump_record(record: Any) -> bytes:
@@ -216,7 +265,7 @@ def dump_record(record: Any) -> bytes:
     Raises:
         ValueError: a number is not finite, or the record is too long for a reader to accept.
     """
-    values = {"crc32c": "00000000", **dataclasses.asdict(record)}
+    values = {"crc32c": "00000000", **_as_dict(record)}
     data = (json.dumps(values, separators=(", ", ": "), allow_nan=False) + "\n").encode()
     if len(data) > MAX_METADATA_BYTES:
         raise InputError(
@@ -271,6 +320,12 @@ def parse_object_path(path: str) -> str:
     return path
 
 
+def _as_dict(record: Any) -> dict[str, Any]:
+    return dataclasses.asdict(
+        record, dict_factory=lambda items: {name: value for name, value in items if value is not None}
+    )
+
+
 def _refuse_constant(name: str) -> float:
     raise InputError(f"the number {name} is not JSON")
 
@@ -300,6 +355,8 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return parse(typing.cast(type[Any], hint), value, where=where)
     origin = typing.get_origin(hint)
+    if origin is types.UnionType:  # a field that may be left out; null it is never
+        return _parse_value(typing.get_args(hint)[0], value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list, found {type(value).__name__}")
@@ -309,12 +366,25 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{where}: expected an object, found {type(value).__name__}")
         item = typing.get_args(hint)[1]
-        return {name: v if item is Any else _parse_value(item, v, f"{where}.{name}") for name, v in value.items()}
+        if item is Any:
+            _refuse_deep(value, where)
+            return value
+        return {name: _parse_value(item, v, f"{where}.{name}") for name, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise InputError(f"{where}: expected {hint.__name__}, found {value!r}")
     return value
+
+
+def _refuse_deep(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise InputError(f"{where}: values nested more than {MAX_DEPTH} deep")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ Sums cost one read for the whole cache. Quantiles need the rows themselves, of s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +113,7 @@ def distributions(cache: Cache, shards: Sequence[int], *, quiet: bool = True) ->
     return Distributions(tuple(shards), num_rows, quantiles, _rank_histogram(rank_counts))
 
 
-def choose_shards(records: dict[int, ShardRecord], num_shards: int | None = None) -> list[int]:
+def choose_shards(records: Mapping[int, ShardRecord], num_shards: int | None = None) -> list[int]:
     """Shards to read, evenly spaced: so many, or as many as have `DEFAULT_SAMPLED_ROWS` rows."""
     numbers = sorted(records)
     rows = sum(record.num_rows for record in records.values())

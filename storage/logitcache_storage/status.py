@@ -62,7 +62,7 @@ def build_status(store: ObjectStore) -> BuildStatus:
         CorruptionError: its metadata is damaged.
     """
     identity, plan = load_identity(store), load_plan(store)
-    records = load_commits(store) if plan is not None else {}
+    records = load_commits(store, len(plan.shard_num_rows)) if plan is not None else {}
     commit_times = [_time(record.created) for record in records.values()]
     return BuildStatus(
         url=store.url,

@@ -5,6 +5,7 @@ Everything is real but the numbers: `write_cache` goes through the same commit p
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,17 +18,30 @@ from logitcache_storage.commit import (
     committed_shards,
     create_or_continue,
     load_commits,
+    load_identity,
     new_attempt,
     write_manifest,
 )
 from logitcache_storage.errors import StoreError
-from logitcache_storage.fingerprints import sample_key, tokenizer_identity
+from logitcache_storage.fingerprints import fingerprint, sample_key, tokenizer_identity
+from logitcache_storage.id_layouts import default_id_layout
 from logitcache_storage.objects import ObjectStore, open_store
-from logitcache_storage.plans import commit_plan, load_plan, write_parquet, write_samples
+from logitcache_storage.plans import (
+    Plans,
+    commit_extension,
+    commit_plan,
+    join_plans,
+    load_plan,
+    load_plans,
+    write_parquet,
+    write_samples,
+)
 from logitcache_storage.samples import SAMPLES_SCHEMA, target_positions
 from logitcache_storage.schema import (
     CacheIdentity,
     CorpusIdentity,
+    ExtensionRecord,
+    ObjectRecord,
     PlanRecord,
     TeacherIdentity,
     TokenizerIdentity,
@@ -75,8 +89,10 @@ def make_identity(**changes: Any) -> CacheIdentity:
         "precision": "u8",
         "container": "zarr",
         "shard_rows": 64,
+        **changes,
     }
-    return CacheIdentity(**{**fields, **changes})
+    layout = default_id_layout(fields["container"], fields["vocab_size"])
+    return CacheIdentity(**{"id_layout": layout, **fields})
 
 
 def write_cache(
@@ -111,16 +127,37 @@ def write_cache(
     table, shard_num_rows = _plan_table(samples, identity.shard_rows, columns or {})
     words = list(vocabulary) if vocabulary is not None else [f"t{i} " for i in range(identity.vocab_size)]
     if load_plan(store) is None:
-        _write_plan(store, table, shard_num_rows, words)
-    shard_of = table.column("shard").to_pylist()
-    for shard in sorted(set(range(len(shard_num_rows))[:commit_shards]) - committed_shards(store)):
-        inside = [i for i, s in enumerate(shard_of) if s == shard]
-        labels = np.concatenate([samples[i][0][target_positions(samples[i][1].ravel())] for i in inside])
-        topk = TopKLogProbs.concatenate([topks[i] for i in inside])
-        commit_shard(store, identity, shard, topk, labels, seconds=0.0, worker="test")
+        record = write_parquet(store, f"vocabulary/{new_attempt()}.parquet", _vocabulary_table(words))
+        commit_plan(store, _write_plan(store, table, shard_num_rows, record))
+    _commit_shards(store, identity, table, samples, topks, commit_shards)
     if commit_shards is None:
         write_manifest(store, load_commits(store))
     return identity
+
+
+def extend_cache(store: ObjectStore, samples: Sequence[PlannedTokens], topks: Sequence[TopKLogProbs]) -> None:
+    """Add further samples and rows to a cache whose shards are all committed, or continue to.
+
+    Args:
+        store: where the cache is.
+        samples: tokens and target ranges of each new sample.
+        topks: the rows of each.
+    """
+    identity, corpus = load_identity(store), fingerprint([sample_key(*sample) for sample in samples])
+    plans = load_plans(store)
+    assert plans is not None
+    number = plans.number_of(corpus)
+    before = join_plans(Plans(plans.first, plans.extensions[: number - 1] if number else plans.extensions), where="")
+    first_shard = len(before.shard_num_rows)
+    table, shard_num_rows = _plan_table(samples, identity.shard_rows, {}, first_shard)
+    if number is None:
+        plan = _write_plan(store, table, shard_num_rows, before.vocabulary)
+        extension = ExtensionRecord(CorpusIdentity(corpus, len(samples), {}), first_shard, plan)
+        if not commit_extension(store, 1 + len(plans.extensions), extension):
+            return extend_cache(store, samples, topks)  # behind the one that was faster
+    _commit_shards(store, identity, table, samples, topks, None)
+    write_manifest(store, load_commits(store))
+    return None
 
 
 def make_samples(
@@ -151,6 +188,7 @@ class FlakyStore:
         self._store = store
         self._fail_writes = fail_writes
         self._after = after
+        self._lock = threading.Lock()
         self.num_writes = 0
         self.url = store.url
 
@@ -163,19 +201,38 @@ class FlakyStore:
         self._write(self._store.create, path, data)
 
     def _write(self, write: Any, path: str, data: bytes) -> None:
-        self.num_writes += 1
-        fails = self.num_writes in self._fail_writes
+        with self._lock:  # writers may run side by side
+            self.num_writes += 1
+            number = self.num_writes
+        fails = number in self._fail_writes
         if not fails or self._after:
             write(path, data)
         if fails:
-            raise StoreError(f"{self.url}/{path}: write {self.num_writes} fails on purpose")
+            raise StoreError(f"{self.url}/{path}: write {number} fails on purpose")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
 
+def _commit_shards(
+    store: ObjectStore,
+    identity: CacheIdentity,
+    table: pa.Table,
+    samples: Sequence[PlannedTokens],
+    topks: Sequence[TopKLogProbs],
+    num_shards: int | None,
+) -> None:
+    """Commit the first shards of the table that are not committed yet."""
+    shard_of = table.column("shard").to_pylist()
+    for shard in sorted(set(sorted(set(shard_of))[:num_shards]) - committed_shards(store)):
+        inside = [i for i, s in enumerate(shard_of) if s == shard]
+        labels = np.concatenate([samples[i][0][target_positions(samples[i][1].ravel())] for i in inside])
+        topk = TopKLogProbs.concatenate([topks[i] for i in inside])
+        commit_shard(store, identity, shard, topk, labels, seconds=0.0, worker="test")
+
+
 def _plan_table(
-    samples: Sequence[PlannedTokens], shard_rows: int, columns: Mapping[str, Sequence[Any]]
+    samples: Sequence[PlannedTokens], shard_rows: int, columns: Mapping[str, Sequence[Any]], first_shard: int = 0
 ) -> tuple[pa.Table, tuple[int, ...]]:
     rows, sizes = [], [0]
     for i, (ids, ranges) in enumerate(samples):
@@ -186,7 +243,7 @@ def _plan_table(
             {
                 "key": bytes.fromhex(sample_key(ids, ranges)),
                 "source_id": f"test:{i + 1}",
-                "shard": len(sizes) - 1,
+                "shard": first_shard + len(sizes) - 1,
                 "first_row": sizes[-1],
                 "num_tokens": len(ids),
                 "num_targets": num_targets,
@@ -201,18 +258,19 @@ def _plan_table(
     return table, tuple(sizes)
 
 
-def _write_plan(store: ObjectStore, table: pa.Table, shard_num_rows: tuple[int, ...], words: Sequence[str]) -> None:
-    attempt = new_attempt()
-    plan = PlanRecord(
+def _write_plan(
+    store: ObjectStore, table: pa.Table, shard_num_rows: tuple[int, ...], vocabulary: ObjectRecord
+) -> PlanRecord:
+    """The plan of a table whose samples were written."""
+    return PlanRecord(
         num_samples=table.num_rows,
         num_tokens=sum(table.column("num_tokens").to_pylist()),
         num_rows=sum(shard_num_rows),
         shard_num_rows=shard_num_rows,
         report={},
-        parts=write_samples(store, attempt, [table]),
-        vocabulary=write_parquet(store, f"vocabulary/{attempt}.parquet", _vocabulary_table(words)),
+        parts=write_samples(store, new_attempt(), [table]),
+        vocabulary=vocabulary,
     )
-    commit_plan(store, plan)
 
 
 def _vocabulary_table(words: Sequence[str]) -> pa.Table:

@@ -17,15 +17,16 @@ import numpy.typing as npt
 
 from logitcache_storage import commit, plans
 from logitcache_storage.committed import CommittedObjects
-from logitcache_storage.errors import CorruptionError, LogitCacheError, ObjectNotFoundError
+from logitcache_storage.errors import CorruptionError, LogitCacheError, ObjectNotFoundError, StoreError
 from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.invariants import check_rows
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.progress import Meter, progress
-from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_parquet_object
+from logitcache_storage.sample_index import PLACE_COLUMNS, index_bytes
+from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_parquet_object, read_vocabulary
 from logitcache_storage.schema import (
     CacheIdentity,
-    ManifestRecord,
+    ExtensionRecord,
     ObjectRecord,
     PlanPart,
     PlanRecord,
@@ -35,7 +36,6 @@ from logitcache_storage.schema import (
 )
 from logitcache_storage.shard_labels import ShardLabels
 from logitcache_storage.statistics import sum_statistics
-from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
 
 NUM_READERS = 4
 STATISTICS_TOLERANCE = 1e-5
@@ -45,6 +45,7 @@ _REMEDY_BEGINS = "; the object is damaged"
 """What every checksum error goes on with; a report of many says once what to do."""
 
 _Item = TypeVar("_Item")
+_Record = TypeVar("_Record")
 _Result = TypeVar("_Result")
 
 
@@ -57,6 +58,8 @@ class Damage:
     problem: str
     shard: int | None = None
     """The shard that must be scored again; None where the object belongs to no shard."""
+    is_unreachable: bool = False
+    """Whether the store refused to answer: nothing is known of the object's bytes."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,16 @@ def verify_cache(
     store = open_store(cache, storage_options) if isinstance(cache, str) else cache
     check = _Check(store, deep)
     identity = check.identity()
+    # In this order: beside a running build, what is read first is in what is read later.
+    manifest, shards = check.manifest(), check.commits()
     plan = check.plan()
-    shards = check.commits(plan)
-    check.manifest(shards)
+    check.sizes(shards, plan)
+    check.same(manifest, shards, plan)
     quarantine = check.quarantine()
-    parts = (*(part.object for part in plan.parts), plan.vocabulary) if plan else ()
-    total = sum(o.size for o in parts) + sum(o.size for record in shards.values() for o in record.objects)
+    total = sum(record.size for record in plan.objects) if plan else 0
+    total += sum(o.size for record in shards.values() for o in record.objects)
     with progress("verifying", total=total, unit="B", quiet=quiet) as meter:
-        labels = check.samples(plan, meter) if plan else None
+        labels = check.samples(plan, identity, meter) if plan else None
         check.shards(shards.values(), identity, labels, meter)
     return VerifyReport(
         url=store.url,
@@ -131,7 +136,7 @@ class _Check:
 
     def __init__(self, store: ObjectStore, deep: bool) -> None:
         self._store, self._deep = store, deep
-        self._lock = threading.Lock()
+        self._lock, self._reading_labels = threading.Lock(), threading.Lock()
         self.damage: list[Damage] = []
         self.num_objects = 0
         self.num_bytes = 0
@@ -146,63 +151,84 @@ class _Check:
         return identity
 
     def plan(self) -> PlanRecord | None:
-        with self._reporting(plans.PLAN_PATH):
-            plan = plans.load_plan(self._store)
-            self._count(0 if plan is None else 1)
-            return plan
+        """All plans as one; None where there is none yet, or one is damaged."""
+        paths = plans.plan_paths(self._store)
+        first = self._record(PlanRecord, plans.PLAN_PATH) if paths else None
+        extensions = [self._record(ExtensionRecord, path) for path in paths[1:]]
+        if first is None or None in extensions:
+            return None
+        with self._reporting(paths[-1]):
+            found = plans.Plans(first, tuple(e for e in extensions if e is not None))
+            return plans.join_plans(found, where=self._store.url)
         return None
 
-    def commits(self, plan: PlanRecord | None) -> dict[int, ShardRecord]:
+    def commits(self) -> dict[int, ShardRecord]:
         """All commit records that can be read."""
         numbers = sorted(commit.committed_shards(self._store))
-        records = {record.shard: record for record in self._each(self._commit, numbers) if record is not None}
+        return {record.shard: record for record in self._each(self._commit, numbers) if record is not None}
+
+    def sizes(self, shards: Mapping[int, ShardRecord], plan: PlanRecord | None) -> None:
+        """Every committed shard must be planned, with as many rows."""
         sizes = plan.shard_num_rows if plan else ()
-        if plan is None and records and not self._is_damaged(plans.PLAN_PATH):
-            self._report(plans.PLAN_PATH, f"missing, and {len(records)} shards are committed")
-        for shard, record in records.items():
+        if plan is None and shards and not any(found.path.startswith("plans/") for found in self.damage):
+            self._report(plans.PLAN_PATH, f"missing, and {len(shards)} shards are committed")
+        for shard, record in shards.items():
             if plan is not None and (shard >= len(sizes) or sizes[shard] != record.num_rows):
                 planned = f"{sizes[shard]} rows" if shard < len(sizes) else f"only {len(sizes)} shards"
                 self._report(commit.commit_path(shard), f"{record.num_rows} rows; the plan has {planned}", shard)
-        return records
 
-    def manifest(self, shards: Mapping[int, ShardRecord]) -> None:
-        """The manifest must say what the commit records say: readers open it instead of them."""
-        path = commit.MANIFEST_PATH
-        with self._reporting(path):
-            try:
-                data = self._store.get(path)
-            except ObjectNotFoundError:
-                return
-            listed = load_record(ManifestRecord, data, where=f"{self._store.url}/{path}").shards
-            self._count()
-            found = {record.shard: record for record in listed}
-            differ = [
-                shard
-                for shard in sorted(found.keys() | shards.keys())
-                if found.get(shard) != shards.get(shard) and not self._is_damaged(commit.commit_path(shard))
-            ]
-            if differ:
-                shown = ", ".join(map(str, differ[:5]))
-                raise CorruptionError(f"differs from the commit records of {len(differ)} shards ({shown})")
+    def manifest(self) -> Mapping[int, ShardRecord] | None:
+        """What the manifest lists; None where there is none, or it is damaged."""
+        try:
+            found = commit.load_manifest(self._store)
+        except LogitCacheError as e:
+            is_table = str(e).startswith(f"{self._store.url}/{commit.MANIFEST_TABLE_PATH}")
+            self._report(commit.MANIFEST_TABLE_PATH if is_table else commit.MANIFEST_PATH, e)
+            return None
+        self._count(0 if found is None else 2)  # the record and its table
+        return found
+
+    def same(
+        self, manifest: Mapping[int, ShardRecord] | None, shards: Mapping[int, ShardRecord], plan: PlanRecord | None
+    ) -> None:
+        """The manifest must say what the commit records say: readers open it instead of them.
+
+        One with fewer shards than are planned is older than an extension, and readers do not ask it.
+        """
+        if manifest is None:
+            return
+        is_older = plan is not None and len(manifest) < len(plan.shard_num_rows)
+        compared = manifest.keys() if is_older else manifest.keys() | shards.keys()
+        differ: list[int] = []
+        with self._reporting(commit.MANIFEST_TABLE_PATH):
+            differ += (shard for shard in sorted(compared) if manifest.get(shard) != shards.get(shard))
+        differ = [shard for shard in differ if not self._is_damaged(commit.commit_path(shard))]
+        if differ:
+            shown = ", ".join(map(str, differ[:5]))
+            self._report(commit.MANIFEST_PATH, f"differs from the commit records of {len(differ)} shards ({shown})")
 
     def quarantine(self) -> list[QuarantineRecord]:
         """Shards that wait for another try."""
-        with self._reporting("quarantine"):
-            return [record for _, record in sorted(commit.load_quarantine(self._store).items())]
-        return []
+        paths = self._store.list("quarantine")
+        committed = commit.committed_shards(self._store) if paths else set()
+        found = [record for path in paths if (record := self._record(QuarantineRecord, path)) is not None]
+        return sorted((record for record in found if record.shard not in committed), key=lambda r: r.shard)
 
-    def samples(self, plan: PlanRecord, meter: Meter) -> ShardLabels | None:
+    def samples(self, plan: PlanRecord, identity: CacheIdentity | None, meter: Meter) -> ShardLabels | None:
         """Check the samples table and the vocabulary; deep, return the labels of all shards."""
-        records = [part.object for part in plan.parts]
-        good = [self._object(record, None, meter) for record in (*records, plan.vocabulary)]
-        if not self._deep or not all(good[:-1]):
+        good = {record.path: self._object(record, None, meter) for record in plan.objects}
+        is_vocabulary_good = good.pop(plan.vocabulary.path)
+        if not self._deep or not all(good.values()):
             return None
-        if good[-1]:
+        if is_vocabulary_good and identity is not None:
             with self._reporting(plan.vocabulary.path):
-                read_parquet_object(self._store, plan.vocabulary).read(VOCABULARY_SCHEMA.names).cast(VOCABULARY_SCHEMA)
+                read_vocabulary(self._store, plan.vocabulary, identity.vocab_size)
         for part in plan.parts:
             with self._reporting(part.object.path):
                 _check_part(self._store, part)
+            if part.index is not None:
+                with self._reporting(part.index.path):
+                    _check_index(self._store, part, part.index)
         table = SamplesTable(self._store, plan)
         with self._reporting("samples"):
             return ShardLabels(table.index(), lambda samples: [table.tokens(i) for i in samples])
@@ -219,11 +245,20 @@ class _Check:
 
         def check(record: ShardRecord) -> None:
             good = [self._object(item, record.shard, meter) for item in record.objects]
-            if self._deep and identity is not None and all(good):
+            is_planned = not self._is_damaged(commit.commit_path(record.shard))
+            if self._deep and identity is not None and is_planned and all(good):
                 with self._reporting(commit.shard_prefix(record.shard, record.attempt), record.shard):
                     self._check_rows(record, identity, labels)
 
         self._each(check, records)
+
+    def _record(self, kind: type[_Record], path: str) -> _Record | None:
+        """A record, or None where it is damaged or missing."""
+        with self._reporting(path):
+            record = load_record(kind, self._store.get(path), where=f"{self._store.url}/{path}")
+            self._count()
+            return record
+        return None
 
     def _commit(self, shard: int) -> ShardRecord | None:
         with self._reporting(commit.commit_path(shard), shard):
@@ -246,14 +281,22 @@ class _Check:
         topk = commit.read_rows(self._store, identity, record, slice(0, record.num_rows))
         if labels is None:
             return
-        with self._lock:  # the samples table keeps what it has read, for one reader at a time
-            observed = labels.of(record.shard, record.num_rows)
+        observed = self._labels(labels, record)
+        if observed is None:
+            return
         where = f"shard {record.shard}"
         check_rows(topk, observed, identity.vocab_size, where=where, precision=identity.precision)
         for name, value in sum_statistics(topk, observed).items():
             committed = record.statistics.get(name)
             if committed is None or not abs(value - committed) <= STATISTICS_TOLERANCE * max(1, record.num_rows):
                 raise CorruptionError(f"{where}: {name} is {value:.6g}, its commit record says {committed}")
+
+    def _labels(self, labels: ShardLabels, record: ShardRecord) -> npt.NDArray[np.int32] | None:
+        """What is wrong with the labels is wrong with the samples: scoring the shard again would change nothing."""
+        # The samples table keeps what it has read, for one reader at a time.
+        with self._reading_labels, self._reporting("samples"):
+            return labels.of(record.shard, record.num_rows)
+        return None
 
     def _each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """The function of each item, several at a time: a remote store answers slowly, but many at once."""
@@ -275,8 +318,9 @@ class _Check:
 
     def _report(self, path: str, problem: Exception | str, shard: int | None = None) -> None:
         text = str(problem).removeprefix(f"{self._store.url}/{path}: ").partition(_REMEDY_BEGINS)[0]
+        is_unreachable = isinstance(problem, StoreError) and not isinstance(problem, ObjectNotFoundError)
         with self._lock:
-            self.damage.append(Damage(path, text, shard))
+            self.damage.append(Damage(path, text, shard, is_unreachable))
 
     def _is_damaged(self, path: str) -> bool:
         return any(found.path == path for found in self.damage)
@@ -303,6 +347,13 @@ def _check_part(store: ObjectStore, part: PlanPart) -> None:
             sample += 1
     if sample != part.first_sample + part.num_samples:
         raise CorruptionError(f"{sample - part.first_sample} samples, the plan says {part.num_samples}")
+
+
+def _check_index(store: ObjectStore, part: PlanPart, index: ObjectRecord) -> None:
+    """Readers look at the index instead of the columns that it repeats."""
+    columns = read_parquet_object(store, part.object).read([*PLACE_COLUMNS, "key"])
+    if CommittedObjects(store, [index]).get(index.path) != index_bytes(columns):
+        raise CorruptionError(f"differs from {part.object.path}, whose columns it repeats")
 
 
 def _check_ranges(

@@ -1,16 +1,18 @@
 """The teacher engine on the GSM8K file: its speed against the bare forward pass and the obvious code, and its error.
 
-Model: Qwen2 of random weights, D = 512, 8 layers, 8 heads (2 for keys and values), V = 32,768, 42M parameters, float32.
+Models: two Qwen2 of random weights, float32 on two threads; `153M` has Qwen2's own vocabulary.
 Text: the first records of the file under a byte-level BPE of 8,192 ids trained on it; targets are the answers.
-All variants are timed in turn within each round on one thread, and the medians of the rounds compared. Ratios of wall
-time are what a user sees; those of the process's CPU time do not move when other work shares the machine.
+All variants are timed in turn within each round; ratios are medians of those within a round. Ratios of wall time are
+what a user sees; those of the process's CPU time hardly move when other work shares the machine.
 
     engine     `TransformersTeacher.score`, k = 64
     bare       the same batches through the backbone, and the head at the same target positions, in the same chunks into
                the same memory; nothing is kept of the logits
-    bare_all   the same batches through `model(...)`: the head at every position, [n, T, V] at once
     obvious    batches of 8 in corpus order, padded, with attention mask; log-softmax over [n, T, V], top-k and gather
                of the label; no tail
+
+`arithmetic` is what `obvious` multiplies over what `engine` must: the ratio of a teacher so large that nothing else
+counts.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,60 +31,78 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from logitcache_pipeline.batching import collate
 from logitcache_pipeline.engines.base import ScoringRequest
 from logitcache_pipeline.engines.transformers import TransformersTeacher
 
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k-1000.jsonl"
 K = 64
-NUM_RECORDS = 48
+THREADS = 2
 ROUNDS = 3
 OBVIOUS_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Qwen2, and how many records it scores."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_records: int
+
+
+SHAPES = {"42M": Shape(32768, 512, 1408, 8, num_records=48), "153M": Shape(151936, 768, 2048, 6, num_records=20)}
 
 
 def run() -> dict[str, Any]:
     """Measure; ratios are of throughputs on the same samples."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
+    requests = gsm8k_requests(max(shape.num_records for shape in SHAPES.values()))
     try:
-        return measure()
+        measured = {name: measure(shape, requests[: shape.num_records]) for name, shape in SHAPES.items()}
     finally:
         torch.set_num_threads(threads)
+    return {"threads": THREADS, "k": K, "dtype": "float32", **measured}
 
 
-def measure() -> dict[str, Any]:
-    """`run` with the thread count as it is."""
-    requests = gsm8k_requests()
+def measure(shape: Shape, requests: list[ScoringRequest]) -> dict[str, Any]:
+    """One model, with the thread count as it is."""
     num_tokens = sum(len(r.input_ids) for r in requests)
+    num_targets = sum(len(r.target_positions) for r in requests)
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model().eval()
+        model = random_model(shape).eval()
         model.save_pretrained(folder)
         teacher = TransformersTeacher.load(folder, dtype="float32", device="cpu")
     variants: dict[str, Callable[[], object]] = {
         "engine": lambda: teacher.score(requests, K),
         "bare": lambda: bare(teacher, requests),
-        "bare_all": lambda: bare_all(teacher, requests),
         "obvious": lambda: [*obvious(model, requests)],
     }
-    wall, cpu = interleaved_medians(variants)
+    wall, cpu = interleaved(variants)
+    head = shape.vocab_size * shape.hidden_size
+    backbone = model.num_parameters() - head
     lengths = [len(r.input_ids) for r in requests]
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in teacher.batches(lengths))
+    padded = [lengths[i : i + OBVIOUS_BATCH] for i in range(0, len(lengths), OBVIOUS_BATCH)]
+    num_padded = sum(len(batch) * max(batch) for batch in padded)
     return {
-        "model": "Qwen2, D=512, 8 layers, V=32768, random, float32, CPU",
-        "threads": 1,
-        "k": K,
+        "parameters": model.num_parameters(),
+        "shape": f"D={shape.hidden_size}, {shape.num_layers} layers, V={shape.vocab_size}",
+        "layout": teacher.layout,
         "samples": len(requests),
         "tokens": num_tokens,
-        "targets": sum(len(r.target_positions) for r in requests),
-        "padding_share": 1 - num_tokens / padded,
-        "tokens_per_second": {name: num_tokens / seconds for name, seconds in wall.items()},
-        **{f"engine_over_{name}": wall[name] / wall["engine"] for name in wall if name != "engine"},
-        **{f"engine_over_{name}_cpu_time": cpu[name] / cpu["engine"] for name in cpu if name != "engine"},
-        "max_abs_difference": max_differences(teacher, model, requests[:32]),
+        "targets": num_targets,
+        "padding_share_of_obvious": 1 - num_tokens / num_padded,
+        "tokens_per_second": {name: num_tokens / statistics.median(seconds) for name, seconds in wall.items()},
+        **{f"engine_over_{name}": ratio(wall, name) for name in wall if name != "engine"},
+        **{f"engine_over_{name}_cpu_time": ratio(cpu, name) for name in cpu if name != "engine"},
+        "arithmetic": num_padded * (backbone + head) / (num_tokens * backbone + num_targets * head),
+        "max_abs_difference": max_differences(teacher, model, requests[:16]),
     }
 
 
-def gsm8k_requests() -> list[ScoringRequest]:
+def gsm8k_requests(num_records: int) -> list[ScoringRequest]:
     """The first records as question, newline, answer, end; the answer and the end are targets."""
     records = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
     tokenizer = Tokenizer(models.BPE())
@@ -95,7 +116,7 @@ def gsm8k_requests() -> list[ScoringRequest]:
     )
     tokenizer.train_from_iterator((r[field] for r in records for field in ("question", "answer")), trainer)
     requests = []
-    for record in records[:NUM_RECORDS]:
+    for record in records[:num_records]:
         prompt = tokenizer.encode(record["question"] + "\n").ids
         ids = [*prompt, *tokenizer.encode(record["answer"]).ids, 0]
         targets = np.arange(len(prompt), len(ids), dtype=np.int32)
@@ -103,16 +124,16 @@ def gsm8k_requests() -> list[ScoringRequest]:
     return requests
 
 
-def random_model() -> Qwen2ForCausalLM:
+def random_model(shape: Shape) -> Qwen2ForCausalLM:
     """Weights of twice the usual spread, so that the distributions are not all but uniform."""
     torch.manual_seed(0)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=32768,
-            hidden_size=512,
-            intermediate_size=1408,
-            num_hidden_layers=8,
-            num_attention_heads=8,
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.hidden_size // 64,
             num_key_value_heads=2,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
@@ -121,38 +142,34 @@ def random_model() -> Qwen2ForCausalLM:
     )
 
 
-def interleaved_medians(variants: dict[str, Callable[[], object]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Median wall and CPU seconds of each variant; every round runs all of them, the first does not count."""
+def interleaved(variants: dict[str, Callable[[], object]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall and CPU seconds of each variant in each round; a first round of all but the last is not counted."""
     wall: dict[str, list[float]] = {name: [] for name in variants}
     cpu: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(ROUNDS + 1):
+    for variant in list(variants.values())[:-1]:
+        variant()
+    for _ in range(ROUNDS):
         for name, variant in variants.items():
             start = time.perf_counter(), time.process_time()
             variant()
             wall[name].append(time.perf_counter() - start[0])
             cpu[name].append(time.process_time() - start[1])
-    medians = ({name: statistics.median(s[1:]) for name, s in seconds.items()} for seconds in (wall, cpu))
-    return next(medians), next(medians)
+    return wall, cpu
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> float:
+    """How many times as fast as `name` the engine is, the median over rounds."""
+    return statistics.median(b / a for a, b in zip(seconds["engine"], seconds[name], strict=True))
 
 
 @torch.inference_mode()
 def bare(teacher: TransformersTeacher, requests: list[ScoringRequest]) -> None:
     """Backbone and head over the engine's batches and target positions."""
-    model, head = teacher._model, teacher._head
     for batch in teacher.batches([len(r.input_ids) for r in requests]):
-        inputs, starts = collate([requests[i].input_ids for i in batch], "padded")
-        hidden = model.model(input_ids=torch.from_numpy(inputs["input_ids"]), use_cache=False).last_hidden_state
-        rows = np.concatenate([s + requests[i].target_positions - 1 for i, s in zip(batch, starts, strict=True)])
-        for chunk in hidden.flatten(0, 1)[torch.from_numpy(rows)].split(head.rows_per_chunk):
-            head.logits(chunk)
-
-
-@torch.inference_mode()
-def bare_all(teacher: TransformersTeacher, requests: list[ScoringRequest]) -> None:
-    """The model as it is over the engine's batches."""
-    for batch in teacher.batches([len(r.input_ids) for r in requests]):
-        inputs, _ = collate([requests[i].input_ids for i in batch], "padded")
-        _ = teacher._model(input_ids=torch.from_numpy(inputs["input_ids"]), use_cache=False).logits
+        chosen = [requests[i] for i in batch]
+        hidden = teacher._hidden([r.input_ids for r in chosen], [r.target_positions for r in chosen], teacher.layout)
+        for chunk in torch.split(hidden, teacher._head.rows_per_chunk):
+            teacher._head.logits(chunk)
 
 
 @torch.inference_mode()

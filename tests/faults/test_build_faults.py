@@ -123,3 +123,29 @@ def test_an_interrupted_build_ends_at_once_and_cleanly(command, start, tmp_path)
     wait_until("the end of Ray", lambda: not left_running(family), 20)
     assert (tmp_path / "log").read_text().endswith("logitcache build: interrupted\n")
     assert verify_cache(str(tmp_path / "cache"), deep=True).is_intact
+
+
+def test_two_builds_at_once_with_a_reader_beside_them(command, start, tmp_path, count_fault):
+    """One cache comes of it, each shard once; the reader sees whole shards, ever more, and never another row."""
+    cache, corpus = tmp_path / "cache", tmp_path / "train.jsonl"
+    corpus.write_text("".join(corpus.read_text().splitlines(keepends=True)[:120]))
+    builds = [start(command), start(command)]
+    wait_until("the plan", lambda: (cache / "plans" / "00000.json").exists())
+    seen: dict[str, bytes] = {}
+    num_visible = []
+    while any(build.poll() is None for build in builds) or len(num_visible) < 2:
+        opened = Cache.open(str(cache))
+        num_visible.append(len(opened))
+        for shard in list(opened.shards)[-3:]:
+            assert len(opened.read_shard(shard)) == opened.plan.shard_num_rows[shard]
+        for sample in opened.read(range(0, len(opened), 17)):
+            rows = sample.topk.ids.tobytes() + sample.topk.log_probs.tobytes()
+            assert seen.setdefault(sample.source_id, rows) == rows
+        time.sleep(0.05)
+    assert [build.wait(60) for build in builds] == [0, 0], (tmp_path / "log").read_text()
+    assert num_visible == sorted(num_visible) and len(set(num_visible)) > 2
+    assert Cache.open(str(cache)).is_complete
+    report = verify_cache(str(cache), deep=True)
+    assert report.is_intact and report.num_shards == report.num_planned_shards > 10
+    assert len(list(cache.glob("plans/*.json"))) == 1
+    count_fault("two builds on one cache, with a reader beside them")

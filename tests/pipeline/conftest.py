@@ -28,7 +28,9 @@ def cluster() -> Iterator[Any]:
     """A running Ray cluster of one node, which many tests connect to: starting Ray takes seconds."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    system = {"metrics_report_interval_ms": 500}
+    head = {"num_cpus": 4, "include_dashboard": False, "_system_config": system}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     yield cluster
     cluster.shutdown()
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from logitcache_pipeline.batching import collate, token_budget_batches
+from logitcache_pipeline.batching import collate, num_input_tokens, token_budget_batches
 
 LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
@@ -17,8 +17,9 @@ def test_batches_keep_to_the_budget_and_hold_every_sequence_once(lengths, budget
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         mine = [lengths[i] for i in batch]
-        cost = sum(mine) if layout == "packed" else len(mine) * max(mine)
-        assert cost <= budget or len(mine) == 1
+        inputs, _ = collate([np.zeros(length, dtype=np.int32) for length in mine], layout)
+        assert num_input_tokens(mine, layout) == inputs["input_ids"].size
+        assert inputs["input_ids"].size <= budget or len(mine) == 1
         assert never_across is None or len({length > never_across for length in mine}) == 1
 
 
@@ -40,11 +41,15 @@ def test_padded_sequences_start_at_their_row():
     assert_array_equal(starts, [0, 3, 6])
 
 
-def test_packed_sequences_are_told_apart_by_their_positions():
+def test_packed_sequences_are_told_apart_by_positions_and_borders():
     inputs, starts = collate(SEQUENCES, "packed")
     assert_array_equal(inputs["input_ids"], [[5, 6, 7, 8, 9, 10]])
     assert_array_equal(inputs["position_ids"], [[0, 1, 2, 0, 0, 1]])
     assert_array_equal(starts, [0, 3, 4])
+    for side in "qk":
+        assert_array_equal(inputs[f"cu_seq_lens_{side}"], [0, 3, 4, 6])
+        assert inputs[f"cu_seq_lens_{side}"].dtype == np.int32
+        assert inputs[f"max_length_{side}"] == 3
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])

@@ -12,11 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from logitcache_pipeline.build import build
+from logitcache_pipeline.report import load_report, save_report
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_pipeline.testing import write_teacher
+from logitcache_pipeline.watch import RunWatcher
+from logitcache_pipeline.worker import ShardOutcome
 from logitcache_storage import Cache
-from logitcache_storage.commit import commit_path, load_commits, load_quarantine
+from logitcache_storage.commit import commit_path, committed_shards, load_commits, load_quarantine
+from logitcache_storage.copying import copy_cache
 from logitcache_storage.errors import BuildError, InputError, MismatchError
+from logitcache_storage.garbage import find_garbage
 from logitcache_storage.objects import open_store
 from logitcache_storage.verify import verify_cache
 
@@ -53,6 +58,52 @@ def test_a_build_makes_a_cache_that_verifies(built):
     assert len(cache) == 14
     assert cache.identity.k == 9
     assert verify_cache(built.cache, deep=True).is_intact
+
+
+def test_the_report_adds_up(built):
+    (entry,) = load_report(open_store(built.cache))
+    plan = Cache.open(built.cache).plan
+    records = load_commits(open_store(built.cache))
+    assert entry["outcome"] == "complete"
+    assert entry["shards"] | {"scored": len(records)} == entry["shards"]
+    assert entry["target_tokens"] == plan.num_rows
+    assert entry["bytes"] == sum(record.num_bytes for record in records.values())
+    assert 1 <= len(entry["workers"]) <= 2
+    assert sum(worker["shards"] for worker in entry["workers"]) == len(records)
+    busy, scored = (
+        sum(values) for values in zip(*((w["busy_seconds"], w["seconds"]) for w in entry["workers"]), strict=True)
+    )
+    assert busy == pytest.approx(sum(record.seconds for record in records.values()), abs=0.01)
+    assert 0 < busy < scored
+    assert entry["settings"]["k"] == 9
+    assert entry["hardware"]["nodes"][0]["cpus"] == 4
+    assert find_garbage(built.cache, older_than_hours=0).foreign == ()
+
+
+def test_a_copy_has_the_report(built, tmp_path):
+    target = open_store(str(tmp_path / "copy"))
+    copy_cache(open_store(built.cache), target)
+    assert load_report(target) == load_report(open_store(built.cache))
+    save_report(target, {"outcome": "complete"})
+    copy_cache(open_store(built.cache), target)
+    assert len(load_report(target)) == 2
+
+
+def test_an_interrupted_build_leaves_its_report(settings, monkeypatch):
+    """As by Ctrl-C after the second commit, whenever that comes."""
+
+    def interrupt(watcher: RunWatcher, outcome: ShardOutcome, worker: int) -> None:
+        told(watcher, outcome, worker)
+        if len(committed_shards(open_store(settings.cache))) >= 2:
+            raise KeyboardInterrupt
+
+    told = RunWatcher.committed
+    monkeypatch.setattr(RunWatcher, "committed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    (entry,) = load_report(open_store(settings.cache))
+    assert entry["outcome"] == "interrupted"
+    assert 2 <= entry["shards"]["scored"] < entry["shards"]["planned"]
 
 
 def test_the_same_command_again_scores_nothing(built):
@@ -151,6 +202,9 @@ def test_quarantine_ends_with_an_error_and_the_next_run_heals_it(settings):
         run(settings)
     store = open_store(settings.cache)
     assert load_quarantine(store)[4].attempts == 2
+    (entry,) = load_report(store)
+    assert (entry["outcome"], entry["failed_attempts"], entry["retries"]) == ("quarantined", 2, 1)
+    assert "Is a directory" in entry["quarantine"]["4"]
     cache = Cache.open(settings.cache)
     assert set(range(len(cache.plan.shard_num_rows))) - set(cache.shards) == {4}
     assert verify_cache(settings.cache, deep=True).is_intact

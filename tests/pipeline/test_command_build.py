@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,7 +43,7 @@ def test_every_setting_has_an_option_with_help():
     COMMAND.add_arguments(parser)
     options = {action.dest: action for action in parser._actions}
     names = {f.name for f in fields(BuildSettings)}
-    assert names | {"config", "storage_options", "data_storage_options", "help"} == options.keys()
+    assert names | {"config", "storage_options", "data_storage_options", "json", "help"} == options.keys()
     assert all(action.help for action in options.values())
     assert vars(parser.parse_args([])) == {}
 
@@ -84,10 +86,56 @@ def test_quarantine_is_exit_status_1(line, ray_address, capsys):
     assert f"'logitcache status {line[6]}'" in said
 
 
+def test_as_many_shards_may_be_lost_as_is_allowed(line, ray_address, capsys):
+    """Of a few shards one cannot be committed; every line of the build is a JSON object."""
+    (Path(line[6]) / commit_path(1)).mkdir(parents=True)
+    line += ["--ray-address", ray_address, "--max-attempts", "1", "--shard-rows", "128", "--log-format", "json"]
+    assert main([*line, "--allow-quarantine", "1"]) == 0
+    events = json_lines(capsys)
+    assert {"plan", "worker_started", "attempt_failed", "shard_quarantined", "run_ended"} <= events.keys()
+    assert events["attempt_failed"]["level"] == "warning"
+    assert (events["shard_quarantined"]["shard"], events["run_ended"]["run"]["outcome"]) == (1, "quarantined")
+    assert list(events["done_with_losses"]["lost"]) == ["1"]
+    assert "shard 1: " in events["done_with_losses"]["message"]
+    assert not Cache.open(line[6]).is_complete
+
+
+def test_an_error_is_a_json_object_too(line, capsys):
+    assert main([*line, "--log-format", "json", "--k", "1000"]) == 2
+    assert json_lines(capsys)["failed"]["exit_status"] == 2
+
+
+def json_lines(capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, Any]]:
+    """Everything that was said, by event, the last of each; none of it anything else than JSON."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    events = [json.loads(text) for text in captured.err.splitlines()]
+    assert all({"time", "level", "event", "message"} <= event.keys() for event in events)
+    return {event["event"]: event for event in events}
+
+
 def test_dry_run(line, capsys):
-    assert main([*line, "--dry-run"]) == 0
-    assert "nothing was written" in capsys.readouterr().err
+    assert main([*line, "--dry-run", "--workers", "3", "--calibrate", "0.1", "--price-per-gpu-hour", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    for expected in (
+        "16 records, 14 samples",
+        "targets per sample: ",
+        "bytes per target token",
+        "tokens/s in float32 on",
+    ):
+        assert expected in captured.err
+    assert "with 3 workers like this one, 0.00 GPU-hours at 2: " in captured.err
+    assert captured.err.endswith("nothing was written\n")
     assert not Path(line[6]).exists()
+
+
+def test_dry_run_for_scripts(line, capsys):
+    assert main([*line, "--dry-run", "--json", "--sample-rows", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["report"]["samples"], found["bytes"]["total"], found["rate"]) == (1, 14, None, None)
+    assert not Path(line[6]).exists()
+    assert "--json prints the estimate of --dry-run" in fails([*line, "--json"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from logitcache_pipeline.engines.base import ScoringRequest, load_teacher
 from logitcache_pipeline.engines.transformers import TransformersTeacher, _dtype
 from logitcache_pipeline.fingerprint import teacher_identity
+from logitcache_pipeline.head import PendingRows
 from logitcache_storage.errors import InputError, LogitCacheError
 
 NATS = 2e-5
@@ -72,6 +73,10 @@ FAMILIES = {
 }
 
 
+NEVER_PACKED = {"bloom", "falcon_h1", "gemma2", "gpt_oss", "mamba"}
+"""Biases or sinks in the attention, a soft-cap on its scores, or a state that runs through the row."""
+
+
 def save(folder, family, edit=None, **overrides):
     torch.manual_seed(0)
     config = tf.AutoConfig.for_model(family, **FAMILIES[family] | overrides)
@@ -84,6 +89,13 @@ def save(folder, family, edit=None, **overrides):
             edit(model)
     model.save_pretrained(folder)
     return model
+
+
+def teacher_of(folder, **options):
+    """With a model of its own, whose attention may be replaced."""
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    identity = teacher_identity(str(folder), dtype="float32", engine="transformers")
+    return TransformersTeacher(model, identity, **options)
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +147,16 @@ def test_every_family_scores_like_its_own_logits(family, tmp_path):
     model = save(tmp_path, family)
     teacher = load_teacher("transformers", str(tmp_path), device="cpu", tokens_per_batch=70)
     assert teacher.vocab_size == V
+    assert teacher.layout == ("padded" if family in NEVER_PACKED else "packed")
+    requests = ragged()
+    assert_scored(model, requests, teacher.score(requests, 7), 7)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_padded_batches_score_like_packed_ones(family, tmp_path):
+    model = save(tmp_path, family)
+    teacher = teacher_of(tmp_path, layouts=["padded"], tokens_per_batch=70)
+    assert teacher.layout == "padded"
     requests = ragged()
     assert_scored(model, requests, teacher.score(requests, 7), 7)
 
@@ -162,22 +184,20 @@ def test_no_requests_give_no_answers(llama):
     assert TransformersTeacher.load(str(llama[1])).score([], 3) == []
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mistral", "qwen2"])
-def test_packed_sequences_do_not_see_each_other(family, tmp_path):
-    model = save(tmp_path, family)
-    identity = teacher_identity(str(tmp_path), dtype="float32", engine="transformers")
-    teacher = TransformersTeacher(model, identity, layouts=["packed"], tokens_per_batch=70)
-    assert teacher.layout == "packed"
-    requests = ragged()
-    assert_scored(model, requests, teacher.score(requests, 7), 7)
-
-
-def test_a_recurrent_model_is_never_packed(tmp_path):
-    model = save(tmp_path, "mamba")
-    identity = teacher_identity(str(tmp_path), dtype="float32", engine="transformers")
-    assert TransformersTeacher(model, identity, layouts=["packed", "padded"]).layout == "padded"
+def test_a_model_that_cannot_be_packed_keeps_its_own_attention(tmp_path):
+    save(tmp_path, "falcon_h1")
     with pytest.raises(InputError, match="a sequence scores differently alone and in a batch"):
-        TransformersTeacher(model, identity, layouts=["packed"])
+        teacher_of(tmp_path, layouts=["packed"])
+    teacher = teacher_of(tmp_path)
+    assert teacher.layout == "padded"
+    assert teacher._model.config._attn_implementation == "sdpa"
+
+
+def test_attention_of_the_users_choice_is_left_alone(llama):
+    teacher = TransformersTeacher.load(str(llama[1]), attention="eager", device="cpu")
+    assert teacher.layout == "padded"
+    requests = ragged()
+    assert_scored(llama[0], requests, teacher.score(requests, 7), 7)
 
 
 def test_longrope_keeps_short_and_long_sequences_apart(tmp_path):
@@ -305,3 +325,73 @@ def test_a_model_of_no_numbers_is_refused(tmp_path):
     save(tmp_path, "gpt2", edit=lambda model: model.transformer.wpe.weight[3].fill_(torch.nan))
     with pytest.raises(InputError, match="cannot be scored exactly: its logits are NaN or infinite"):
         TransformersTeacher.load(str(tmp_path))
+
+
+def limit_memory(teacher, num_tokens):
+    """What the GPU's allocator raises, for inputs above this many tokens; the sizes that were tried are returned."""
+    tried = []
+
+    def allocate(module, args, kwargs):
+        tried.append(kwargs["input_ids"].numel())
+        if tried[-1] > num_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    teacher._model.base_model.register_forward_pre_hook(allocate, with_kwargs=True)
+    return tried
+
+
+@pytest.mark.parametrize(("layout", "num_halvings"), [("padded", 3), ("packed", 2)])
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(llama, layout, num_halvings, caplog):
+    model, folder = llama
+    teacher = teacher_of(folder, layouts=[layout], tokens_per_batch=10_000)
+    requests = ragged((5, 40, 2, 17, 16, 33, 9, 40, 38))
+    tried = limit_memory(teacher, 60)
+    with caplog.at_level("WARNING"):
+        answers = teacher.score(requests, 7)
+    assert_scored(model, requests, answers, 7)
+    assert len([n for n in tried if n > 60]) == len(caplog.records) == num_halvings
+    assert f"batches have at most {teacher._tokens_per_batch} from now on" in caplog.messages[-1]
+    tried.clear()
+    assert_scored(model, requests, teacher.score(requests, 7), 7)
+    assert max(tried) <= 60
+
+
+def test_a_sequence_that_does_not_fit_by_itself_is_named_and_the_others_can_be_scored(llama):
+    model, folder = llama
+    teacher = teacher_of(folder, tokens_per_batch=10_000)
+    limit_memory(teacher, 30)
+    with pytest.raises(
+        LogitCacheError, match=r"a sequence of 40 tokens .* memory of cpu \(CUDA out.*; lower max_length"
+    ):
+        teacher.score(ragged((5, 40, 2, 17)), 7)
+    short = ragged((5, 30, 2, 17))
+    assert_scored(model, short, teacher.score(short, 7), 7)
+
+
+def test_the_device_has_the_next_batch_before_the_answers_are_fetched(llama, monkeypatch):
+    teacher = teacher_of(llama[1], tokens_per_batch=20)
+    events, wait = [], PendingRows.wait
+    teacher._model.base_model.register_forward_pre_hook(lambda *_: events.append("start"))
+    monkeypatch.setattr(PendingRows, "wait", lambda *args: events.append("fetch") or wait(*args))
+    teacher.score(ragged((20, 20, 20, 20)), 3)
+    assert events == ["start", "start", "fetch", "start", "fetch", "start", "fetch", "fetch"]
+
+
+def test_compiled_it_scores_the_same(tmp_path):
+    model = save(tmp_path, "llama", num_hidden_layers=1)
+    teacher = teacher_of(tmp_path, tokens_per_batch=70, compile=True)
+    requests = ragged()
+    # Fused, float32 is rounded at other places: a few units in the last place of logits up to 16.
+    assert_scored(model, requests, teacher.score(requests, 7), 7, atol=1e-4)
+
+
+def test_a_compiler_that_fails_is_told_with_the_remedy(tmp_path, monkeypatch):
+    save(tmp_path, "llama", num_hidden_layers=1)
+    torch.compiler.reset()
+    # What was compiled before would be found there, and nothing be compiled.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(
+        InputError, match=r"torch.compile cannot compile '.*' \(LlamaForCausalLM\) on cpu.* compile=False"
+    ):
+        TransformersTeacher.load(str(tmp_path), device="cpu", compile=True)

@@ -5,6 +5,8 @@ reduction: a sum of V float32 terms, below V * 2^-24, and the roundings of at mo
 each 2^-24 of it (which matters from about 100 nats on).
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from logitcache_pipeline.head import Head, largest_entries, top_k_log_probs
+from logitcache_pipeline.head import (
+    Head,
+    largest_entries,
+    merge_parts,
+    normalise,
+    reduce_logits,
+    reduce_part,
+    top_k_log_probs,
+)
 from logitcache_storage.errors import LogitCacheError
 
 NATS = 2e-5
@@ -60,7 +70,7 @@ def test_matches_the_full_vocabulary_in_chunks(N, D, V, k, rows_per_chunk):
     head = Head(weight_VD, bias_V, chunk_bytes=4 * V * rows_per_chunk)
     assert head.rows_per_chunk == rows_per_chunk
     logits_NV = hidden_ND.double() @ weight_VD.double().t() + bias_V.double()
-    check(top_k_log_probs(head, hidden_ND, labels_N, k), logits_NV, labels_N, k)
+    check(top_k_log_probs(head, hidden_ND, labels_N, k).wait(), logits_NV, labels_N, k)
 
 
 def test_scale_and_softcap_follow_the_product():
@@ -68,7 +78,7 @@ def test_scale_and_softcap_follow_the_product():
     hidden_ND, weight_VD = torch.randn(9, 12, generator=generator), torch.randn(77, 12, generator=generator)
     labels_N = torch.randint(77, (9,), generator=generator)
     logits_NV = np.tanh((hidden_ND.double() @ weight_VD.double().t() * 0.7).numpy() / 3.0) * 3.0
-    scored = top_k_log_probs(Head(weight_VD, scale=0.7, softcap=3.0), hidden_ND, labels_N, 5)
+    scored = top_k_log_probs(Head(weight_VD, scale=0.7, softcap=3.0), hidden_ND, labels_N, 5).wait()
     check(scored, logits_NV, labels_N, 5)
 
 
@@ -78,7 +88,7 @@ def test_the_product_is_rounded_in_the_weights_dtype_and_nothing_after_it(dtype)
     hidden_ND = torch.randn(9, 12, generator=generator, dtype=torch.float32).to(dtype)
     weight_VD = torch.randn(77, 12, generator=generator, dtype=torch.float32).to(dtype)
     labels_N = torch.randint(77, (9,), generator=generator)
-    scored = top_k_log_probs(Head(weight_VD), hidden_ND, labels_N, 5)
+    scored = top_k_log_probs(Head(weight_VD), hidden_ND, labels_N, 5).wait()
     check(scored, (hidden_ND @ weight_VD.t()).double(), labels_N, 5)
 
 
@@ -86,7 +96,7 @@ def test_the_tail_of_a_confident_row_is_exact():
     # 1 - sum is 0 here, and the tail is 150 nats below float32's smallest number relative to the top logit.
     logits_NV = np.array([[250.0, 0.0, -1.0, 3.0, -2.5, 0.5, 1.0, -4.0, 0.25]], dtype=np.float32)
     head, hidden = exact_head(logits_NV)
-    scored = top_k_log_probs(head, hidden, torch.tensor([4]), 1)
+    scored = top_k_log_probs(head, hidden, torch.tensor([4]), 1).wait()
     assert scored.log_tail[0] < -240.0
     check(scored, logits_NV, [4], 1)
 
@@ -94,7 +104,7 @@ def test_the_tail_of_a_confident_row_is_exact():
 def test_nothing_is_outside_when_k_is_the_vocabulary():
     logits_NV = np.random.default_rng(0).normal(size=(4, 19)).astype(np.float32)
     head, hidden = exact_head(logits_NV)
-    scored = top_k_log_probs(head, hidden, torch.arange(4), 19)
+    scored = top_k_log_probs(head, hidden, torch.arange(4), 19).wait()
     assert_array_equal(scored.log_tail, -np.inf)
     check(scored, logits_NV, range(4), 19)
 
@@ -103,14 +113,14 @@ def test_impossible_tokens_outside_the_top_k_leave_an_empty_tail():
     logits = np.full((1, 300), -np.inf, dtype=np.float32)
     logits[0, [5, 250, 299]] = [1.0, 3.0, 2.0]
     head = Head(torch.from_numpy(logits.T.copy()))
-    scored = top_k_log_probs(head, torch.ones(1, 1), torch.tensor([299]), 3)
+    scored = top_k_log_probs(head, torch.ones(1, 1), torch.tensor([299]), 3).wait()
     assert_array_equal(scored.ids, [[250, 299, 5]])
     assert_array_equal(scored.log_tail, [-np.inf])
 
 
 def test_no_rows_give_no_rows():
     head, _ = exact_head(np.zeros((2, 5)))
-    scored = top_k_log_probs(head, torch.empty(0, 2), torch.empty(0, dtype=torch.int64), 3)
+    scored = top_k_log_probs(head, torch.empty(0, 2), torch.empty(0, dtype=torch.int64), 3).wait()
     assert len(scored) == 0
     assert scored.k == 3
 
@@ -123,9 +133,71 @@ def test_any_row_adds_up_to_one(k, V, seed, spread):
     logits_NV = rng.normal(scale=spread, size=(3, V)).astype(np.float32)
     labels_N = rng.integers(V, size=3)
     head, hidden = exact_head(logits_NV)
-    scored = top_k_log_probs(head, hidden, torch.from_numpy(labels_N), k)
+    scored = top_k_log_probs(head, hidden, torch.from_numpy(labels_N), k).wait()
     check(scored, logits_NV, labels_N, k, atol=max(NATS, V * 2.0**-24), rtol=4 * 2.0**-24)
     assert_allclose(np.exp(scored.log_probs.astype(np.float64)).sum(1) + np.exp(scored.log_tail), 1.0, atol=1e-5)
+
+
+def test_nothing_is_kept_where_k_is_zero():
+    logits_NV = np.random.default_rng(0).normal(scale=4.0, size=(5, 1003)).astype(np.float32)
+    head, hidden = exact_head(logits_NV)
+    scored = top_k_log_probs(head, hidden, torch.arange(5), 0).wait()
+    assert scored.ids.shape == (5, 0)
+    assert_allclose(scored.log_tail, 0.0, atol=NATS)
+    check(scored, logits_NV, range(5), 0)
+
+
+@st.composite
+def split_rows(draw):
+    """Logits, labels and k, and a split of the vocabulary into parts of any size."""
+    V = draw(st.integers(1, 900))
+    k = draw(st.integers(0, min(V, 70)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits_NV = rng.normal(scale=draw(st.sampled_from([0.1, 5.0, 60.0])), size=(3, V)).astype(np.float32)
+    # Tokens that are impossible, but as many as are kept and the label are not.
+    possible = np.argsort(rng.random((3, V)), axis=1) < max(k, draw(st.integers(1, V)))
+    labels_N = possible.argmax(axis=1)
+    logits_NV[~possible] = -np.inf
+    borders = sorted(draw(st.sets(st.integers(1, V - 1), max_size=5))) if V > 1 else []
+    return logits_NV, labels_N, k, np.array([0, *borders, V])
+
+
+@settings(max_examples=100, deadline=None)
+@given(split_rows())
+def test_parts_of_the_vocabulary_merge_to_the_whole(rows):
+    logits_NV, labels_N, k, borders = rows
+    z, labels = torch.from_numpy(logits_NV), torch.from_numpy(labels_N)
+    parts = [reduce_part(z[:, start:stop].clone(), labels, k, first_id=int(start)) for start, stop in pairwise(borders)]
+    whole = normalise(reduce_part(z.clone(), labels, k))
+    V = logits_NV.shape[1]
+    atol, rtol = max(NATS, V * 2.0**-24), 4 * 2.0**-24
+    for found in (normalise(merge_parts(parts, k)), normalise(merge_parts(parts[::-1], k)), whole):
+        ids, log_probs, log_tail, label = (t.numpy() for t in found)
+        expected = oracle(logits_NV, labels_N, k, ids)
+        for a, b in zip((log_probs, log_tail, label), expected, strict=True):
+            assert_allclose(a, b, rtol=rtol, atol=atol)
+        assert_array_equal(np.sort(ids), np.sort(whole[0]))
+
+
+def test_a_logit_that_is_no_number_survives_the_merge():
+    z = torch.zeros(1, 40)
+    z[0, 33] = torch.nan
+    parts = [
+        reduce_part(part.clone(), torch.tensor([2]), 4, first_id=i) for i, part in ((0, z[:, :20]), (20, z[:, 20:]))
+    ]
+    log_probs, label = normalise(merge_parts(parts, 4))[1::2]
+    assert not log_probs.isfinite().any()
+    assert not label.isfinite().any()
+
+
+def test_what_was_selected_may_be_far_above_the_rest():
+    # Below 2^-149 of the largest, the terms are zero unless they are taken relative to the largest of the rest.
+    z = torch.full((1, 3000), -300.0)
+    z[0, 7] = 0.0
+    ids, log_probs, log_tail, _ = reduce_logits(z, torch.tensor([7]), 1)
+    assert ids.item() == 7
+    assert log_probs.item() == 0.0
+    assert_allclose(log_tail, np.log(2999.0) - 300.0, rtol=2.0**-22)
 
 
 @settings(max_examples=150, deadline=None)
@@ -147,11 +219,11 @@ def test_a_logit_that_is_no_number_is_named(bad, column):
     weight_VD = torch.ones(2003, 1)
     weight_VD[column] = bad
     with pytest.raises(LogitCacheError, match=r"NaN or infinite in 2 of 2 rows, first in row 0"):
-        top_k_log_probs(Head(weight_VD), torch.ones(2, 1), torch.tensor([3, 4]), 8)
+        top_k_log_probs(Head(weight_VD), torch.ones(2, 1), torch.tensor([3, 4]), 8).wait()
 
 
 @pytest.mark.parametrize(("k", "label"), [(2, 0), (1, 1)])
 def test_an_impossible_label_or_kept_token_is_named(k, label):
     head = Head(torch.tensor([[2.0], [-torch.inf], [-torch.inf]]))
     with pytest.raises(LogitCacheError, match="first in sample 7 at 3; score in bfloat16"):
-        top_k_log_probs(head, torch.ones(1, 1), torch.tensor([label]), k, row_name="sample 7 at 3".format)
+        top_k_log_probs(head, torch.ones(1, 1), torch.tensor([label]), k).wait("sample 7 at 3".format)

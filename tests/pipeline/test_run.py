@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,13 +86,18 @@ class FaultyWorker:
 class Events:
     """An observer that writes down what it is told."""
 
+    worker_names: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     committed_shards: list[int] = field(default_factory=list)
     failures: list[tuple[int, int]] = field(default_factory=list)
     quarantined: dict[int, list[str]] = field(default_factory=dict)
     lost_workers: list[str] = field(default_factory=list)
     num_waiting: int = 0
 
-    def committed(self, outcome: ShardOutcome) -> None:
+    def worker_started(self, worker: int, name: str) -> None:
+        self.worker_names[worker].append(name)
+
+    def committed(self, outcome: ShardOutcome, worker: int) -> None:
+        assert self.worker_names[worker]
         self.committed_shards.append(outcome.shard)
 
     def failed(self, shard: int, attempt: int, reason: str) -> None:
@@ -117,6 +122,7 @@ def run(
     cpus: float = 0.5,
     places: Iterator[dict[str, float]] | None = None,
     events: Events | None = None,
+    tokens: Callable[[int], int] = lambda shard: 1,
     **settings: Any,
 ) -> Events:
     """Run the loop, and check what holds in every run: each shard is committed or quarantined, and once.
@@ -128,6 +134,7 @@ def run(
         cpus: of a worker.
         places: custom resources of the first workers.
         events: what is told of the run goes here.
+        tokens: of a shard.
         settings: of the run.
     """
 
@@ -141,7 +148,7 @@ def run(
         return ray.remote(FaultyWorker).options(**options).remote(folder, faults() if callable(faults) else faults)
 
     events = events or Events()
-    tasks = [ShardTask(shard, np.arange(3), 10) for shard in range(num_shards)]
+    tasks = [ShardTask(shard, np.arange(3), 10, tokens(shard)) for shard in range(num_shards)]
     run_shards(tasks, make_worker, RunSettings(**settings), events)
     assert Counter([*events.committed_shards, *events.quarantined]) == Counter(range(num_shards))
     return events
@@ -172,6 +179,17 @@ def test_all_shards_in_order(tmp_path):
     assert events.committed_shards == list(range(7))
     assert not events.failures
     assert attempts(tmp_path, "start") == 1
+
+
+def test_the_longest_shards_come_first_and_equal_ones_in_order(tmp_path):
+    tokens = {0: 5, 1: 80, 2: 5, 3: 200, 4: 80}
+    assert run(tmp_path, 5, {}, tokens=tokens.__getitem__).committed_shards == [3, 1, 4, 0, 2]
+
+
+def test_a_worker_that_is_replaced_hands_its_number_on(tmp_path):
+    events = run(tmp_path, 4, {1: ("exit", 1), 0: ("slow", 1)}, num_workers=2)
+    assert sorted(events.worker_names) == [0, 1]
+    assert sorted(map(len, events.worker_names.values())) == [1, 2]
 
 
 def test_no_tasks_start_no_worker(tmp_path):

@@ -49,7 +49,7 @@ def worker(settings: BuildSettings, teacher: Path | None = None) -> ScoringWorke
     return ScoringWorker(
         settings.cache,
         None,
-        TeacherSettings("transformers", str(teacher or settings.teacher), "float32", tokens_per_batch=300),
+        TeacherSettings("transformers", str(teacher or settings.teacher), "float32", {"tokens_per_batch": 300}),
     )
 
 

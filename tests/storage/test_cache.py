@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import uuid
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +12,16 @@ import pytest
 
 from logitcache_storage import Cache, Sample
 from logitcache_storage.commit import commit_shard, create_or_continue
+from logitcache_storage.disk_cache import DiskCache
 from logitcache_storage.errors import CorruptionError, InputError
 from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.invariants import check_rows
-from logitcache_storage.objects import open_store
+from logitcache_storage.local_rows import from_buffer, to_buffers
+from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.plans import commit_plan, write_parquet, write_samples
 from logitcache_storage.samples import SAMPLES_SCHEMA, target_positions
 from logitcache_storage.schema import PlanRecord
-from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
+from logitcache_storage.testing import FlakyStore, make_identity, make_samples, make_topk, write_cache
 from logitcache_storage.topk import TopKLogProbs
 
 SAMPLES, TOPKS = make_samples(40, k=3, vocab_size=50, seed=9)
@@ -95,6 +98,8 @@ def test_by_key(cache: Cache) -> None:
     keys = [sample_key(ids, ranges) for ids, ranges in SAMPLES]
     for i in (0, 17, 39):
         assert cache.index_of(keys[i]) == cache.index_of(keys[i][:6]) == cache.index_of(keys[i].upper()) == i
+    assert [key.hex() for key in cache.keys().tolist()] == keys
+    assert [cache.key(i) for i in (0, -1)] == [keys[0], keys[39]]
     for key in ("", "123", keys[0][:5], "0" * 32, "not a key", keys[0] + "0"):
         with pytest.raises(InputError, match=r"no sample has the key .*6 to 32 hex digits"):
             cache.index_of(key)
@@ -187,6 +192,11 @@ def test_a_later_shard_may_be_committed_first() -> None:
     for i, sample in zip(inside, cache, strict=True):
         check_sample(sample, i)
     assert cache.index_of(reference[inside[1]].key) == 1
+    assert [cache.key(i) for i in range(len(cache))] == [reference.key(i) for i in inside]
+    assert cache.keys().tobytes() == reference.keys()[inside].tobytes()
+    assert cache.samples.to_pylist() == cache.describe(range(len(cache)))
+    with pytest.raises(InputError, match="no sample has the key"):
+        cache.index_of(reference.key(inside[0] - 1))
 
 
 def test_caches_survive_pickle(store_location) -> None:
@@ -199,6 +209,128 @@ def test_caches_survive_pickle(store_location) -> None:
     again = pickle.loads(pickle.dumps(cache))
     check_sample(again[3], 3)
     assert len(pickle.dumps(cache)) < 50_000
+
+
+class CountingStore(FlakyStore):
+    """Counts what is read."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        super().__init__(store, set())
+        self.num_bytes, self.paths = 0, Counter[str]()
+
+    def _count(self, path: str, data: bytes) -> bytes:
+        self.num_bytes += len(data)
+        self.paths[path] += 1
+        return data
+
+    def get(self, path: str) -> bytes:
+        return self._count(path, self._store.get(path))
+
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        return self._count(path, self._store.get_range(path, start, stop))
+
+    def get_many(self, paths: list[str]) -> list[bytes]:
+        return [self.get(path) for path in paths]
+
+
+def reopened(cache: Cache, **kwargs: object) -> tuple[Cache, CountingStore]:
+    store = CountingStore(cache.store)
+    return Cache(store, cache.identity, cache.plan, cache.shards, **kwargs), store
+
+
+def big_cache() -> Cache:
+    """One shard of ten chunks: 80 samples of 512 rows."""
+    num_samples, rows = 80, 512
+    topk = make_topk(num_samples * rows, 32, 100, labels=np.arange(num_samples * rows, dtype=np.int32) % 100)
+    ids = np.arange(num_samples * rows, dtype=np.int32).reshape(num_samples, rows) % 100
+    samples = [(np.append(np.int32(7), row), np.array([[1, rows + 1]], np.int32)) for row in ids]
+    topks = [topk[i * rows : (i + 1) * rows] for i in range(num_samples)]
+    url = new_url()
+    write_cache(url, samples, topks, identity=make_identity(k=32, vocab_size=100, precision="fp32", shard_rows=10**6))
+    return Cache.open(url)
+
+
+def test_one_sample_of_many_costs_the_ranges_that_hold_it() -> None:
+    cache, store = reopened(big_cache())
+    size = cache.shards[0].num_bytes
+    assert not [path for path in store.paths if path.startswith("shards")]
+    store.num_bytes = 0
+    assert len(cache[17].topk) == 512
+    # A tenth of each column; but in whole blocks of 256 KiB, and with the block that says where its chunks are.
+    assert store.num_bytes < 0.35 * size
+
+
+def test_a_disk_cache_reads_each_object_once_for_all(tmp_path, cache: Cache) -> None:
+    """Also for a second reader of the same folder, and for a second epoch."""
+    readers = [reopened(cache, disk_cache=DiskCache(tmp_path, 10**7)) for _ in range(2)]
+    for reader, store in readers:
+        store.paths.clear()
+        for _ in range(2):
+            for shard in reader.shards:
+                found = reader.read_shard(shard)
+                assert found.equals(cache.read_shard(shard))
+                assert not found.ids.flags.writeable
+            for i, (ids, positions) in enumerate(reader.read_tokens(range(len(reader)))):
+                assert np.array_equal(ids, SAMPLES[i][0])
+                assert np.array_equal(positions, target_positions(SAMPLES[i][1].ravel()))
+    (_, first), (_, second) = readers
+    assert not second.paths
+    samples = cache.plan.parts[0].object.path
+    assert first.paths.pop(samples) <= 2  # its footer, and its one row group
+    assert first.paths == {item.path: 1 for record in cache.shards.values() for item in record.objects}
+
+
+def test_two_caches_share_a_folder(tmp_path) -> None:
+    disk_cache = DiskCache(tmp_path, 10**7)
+    caches = []
+    for k in (2, 3):
+        url = new_url()
+        topks = [topk.keep_mass(1.0) for topk in make_samples(40, k=k, vocab_size=50, seed=9)[1]]
+        write_cache(url, SAMPLES, topks, identity=make_identity(**{**EXACT, "k": k}))
+        caches.append((Cache.open(url, disk_cache=disk_cache), Cache.open(url)))
+    for _ in range(2):
+        for shared, plain in caches:
+            for shard in plain.shards:
+                assert shared.read_shard(shard).equals(plain.read_shard(shard))
+            assert [s.key for s in shared.read([3, 20])] == [s.key for s in plain.read([3, 20])]
+
+
+def test_a_damaged_source_is_named_and_not_kept(tmp_path) -> None:
+    url = new_url()
+    write_cache(url, SAMPLES, TOPKS, identity=make_identity(container="arrow", **EXACT))
+    cache = Cache.open(url, disk_cache=DiskCache(tmp_path, 10**7))
+    path = cache.shards[0].objects[0].path
+    original = cache.store.get(path)
+    cache.store.put(path, original[:50] + b"!" + original[51:])
+    for read in (cache.read_shard, cache.read_shard_ahead):
+        with pytest.raises(CorruptionError, match=path):
+            read(0)
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    cache.store.put(path, original)
+    assert cache.read_shard(0).equals(Cache.open(url).read_shard(0))
+
+
+def test_a_shard_without_rows_passes_through_the_disk_cache(tmp_path) -> None:
+    cache = DiskCache(tmp_path, 1000)
+    empty = TOPKS[0][:0]
+    data = cache.get("empty", lambda: to_buffers(empty), source="")
+    assert from_buffer(data, 0, 3).equals(empty)
+    with pytest.raises(CorruptionError, match="local rows of 0 bytes, expected 36"):
+        from_buffer(data, 1, 3)
+
+
+def test_a_disk_cache_has_room_for_what_it_says(tmp_path) -> None:
+    """`num_local_bytes` of all shards is what reading everything takes, but for what Arrow and checksums add."""
+    url = new_url()
+    write_cache(url, SAMPLES, TOPKS, identity=make_identity(**EXACT))
+    cache = Cache.open(url, disk_cache=DiskCache(tmp_path, 10**7))
+    for shard in cache.shards:
+        cache.read_shard(shard)
+    rows = sum(path.stat().st_size for path in tmp_path.glob("*.rows"))
+    num_shards = len(cache.shards)
+    # Up to 1,024 samples a group are counted, and there are 40 of them.
+    assert rows - 4 * num_shards <= cache.num_local_bytes(num_shards) <= rows + 1024 * 4 * 40
+    assert cache.num_local_bytes(1) < cache.num_local_bytes(2) < cache.num_local_bytes(num_shards)
 
 
 @pytest.mark.parametrize("precision", ["u8", "u10", "fp16", "fp32"])
@@ -219,10 +351,10 @@ def test_ids_outside_the_vocabulary_are_damage() -> None:
     with pytest.raises(CorruptionError, match=r"ids outside \[0, 40\)"):
         narrow.read_shard(0)
     deeper = Cache(cache.store, make_identity(**{**EXACT, "k": 4}), cache.plan, cache.shards)
-    with pytest.raises(CorruptionError, match=r"rows of shape \(\d+, 3\), expected \(\d+, 4\)"):
+    with pytest.raises(CorruptionError, match=r"hold \d+; \d+ rows of \('<i4', \(4,\)\) are \d+"):
         deeper.read_shard(0)
     coarser = Cache(cache.store, make_identity(**{**EXACT, "precision": "u8"}), cache.plan, cache.shards)
-    with pytest.raises(CorruptionError, match="codes: expected a Zarr array of uint8, found float32"):
+    with pytest.raises(CorruptionError, match=r"shards/00000-\w+/codes"):
         coarser.read_shard(0)
 
 

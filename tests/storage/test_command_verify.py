@@ -31,21 +31,58 @@ def test_damage_is_named_with_its_remedy_and_is_status_one(url, tmp_path, capsys
     assert main(["verify", url]) == 1
     out = capsys.readouterr().out
     assert f"  {broken}: 0 bytes where the commit says" in out
-    assert f"remove manifest.json and {commit_path(1)}, and run the same 'logitcache build'" in out
+    assert f"'logitcache verify {url} --repair' sets aside what is damaged" in out
+    assert "so that the next build scores 1 shard (1) again" in out
 
 
-def test_the_remedy_works(url, tmp_path):
+def test_the_remedy_works(url, tmp_path, capsys):
     """What the screen says to do leaves a cache that is intact and asks for exactly the damaged shard."""
     (tmp_path / load_commit(open_store(url), 1).objects[0].path).write_bytes(b"")
-    (tmp_path / "manifest.json").unlink()
-    (tmp_path / commit_path(1)).unlink()
+    assert main(["verify", url, "--repair"]) == 0
+    out = capsys.readouterr().out
+    assert "Set aside: 1 shard (1); the old commit records are in damaged/." in out
+    assert f"  logitcache build --teacher teacher --data ... --cache {url} --engine transformers" in out
     assert main(["verify", url]) == 0
+    assert not (tmp_path / commit_path(1)).exists()
+    assert main(["verify", url, "--repair"]) == 0
+    assert "Set aside" not in capsys.readouterr().out
 
 
 def test_what_no_build_can_restore_is_said(url, tmp_path, capsys):
     (tmp_path / load_plan(open_store(url)).vocabulary.path).unlink()
-    assert main(["verify", url]) == 1
-    assert "restore it from a copy, or build a new cache" in capsys.readouterr().out
+    for words in ([], ["--repair"]):
+        assert main(["verify", url, *words]) == 1
+        out = capsys.readouterr().out
+        assert "Restore it from a copy, or build a new cache" in out and "--repair" not in out
+
+
+def test_a_repair_says_what_it_did_and_what_is_left(url, tmp_path, capsys):
+    store = open_store(url)
+    broken, lost = load_commit(store, 1).objects[0].path, load_plan(store).vocabulary.path
+    (tmp_path / broken).unlink()
+    (tmp_path / lost).unlink()
+    (tmp_path / commit_path(2)).unlink()
+    quarantine_shard(store, 0, ["void"])
+    (tmp_path / "quarantine" / "00000.json").write_bytes(b"{}")
+    assert main(["verify", url, "--repair", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["repair"]
+    assert not found["whole"]
+    assert (found["restored"], found["set_aside"], found["removed"]) == ([2], [1], ["quarantine/00000.json"])
+    assert [left["path"] for left in found["left"]] == [lost]
+    assert found["next_command"].startswith("logitcache build --teacher teacher --data ... --cache ")
+
+
+def test_a_damaged_identity_names_no_command(url, tmp_path, capsys):
+    (tmp_path / "cache.json").write_bytes(b"{}")
+    (tmp_path / load_commit(open_store(url), 1).objects[0].path).unlink()
+    assert main(["verify", url, "--repair"]) == 1
+    out = capsys.readouterr().out
+    assert "Set aside: 1 shard (1)" in out and "  logitcache build ...\n" in out and "cache.json" in out
+
+
+def test_teacher_goes_with_rescore(url, capsys):
+    assert main(["verify", url, "--teacher", "t"]) == 2
+    assert "--teacher goes with --rescore N" in capsys.readouterr().err
 
 
 def test_json(url, tmp_path, capsys):

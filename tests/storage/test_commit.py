@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import threading
 import uuid
 
@@ -13,15 +15,9 @@ from logitcache_storage import commit, plans
 from logitcache_storage.cache import Cache
 from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, MismatchError, StoreError
+from logitcache_storage.manifest import Manifest
 from logitcache_storage.objects import ObjectStore, open_store
-from logitcache_storage.schema import (
-    CorpusIdentity,
-    ManifestRecord,
-    ObjectRecord,
-    ShardRecord,
-    dump_record,
-    load_record,
-)
+from logitcache_storage.schema import CorpusIdentity, ObjectRecord, ShardRecord, dump_record, to_json
 from logitcache_storage.testing import FlakyStore, make_identity, make_samples, make_topk, write_cache
 from logitcache_storage.topk import TopKLogProbs
 
@@ -77,7 +73,7 @@ def test_every_write_interrupted(container: str, num_samples: int, after: bool) 
         store = new_store()
         with pytest.raises(StoreError, match=f"write {n} fails on purpose"):
             write_cache(FlakyStore(store, {n}, after=after), samples, topks, identity=identity)
-        before = {path: store.get(path) for path in store.list("") if path != commit.MANIFEST_PATH}
+        before = {path: store.get(path) for path in store.list("") if not path.startswith("manifest")}
         write_cache(store, samples, topks, identity=identity)
         assert check_samples(store, complete=True) == num_samples
         assert {path: store.get(path) for path in before} == before
@@ -215,7 +211,7 @@ def test_records_list_objects_of_their_own_attempt_only() -> None:
     store.put("commits/00000.json", dump_record(foreign))
     with pytest.raises(CorruptionError, match="expected objects of shards/00000-"):
         commit.load_commit(store, 0)
-    store.put("manifest.json", dump_record(ManifestRecord((foreign,))))
+    store.delete("manifest.json")
     with pytest.raises(CorruptionError, match="expected objects of shards/00000-"):
         commit.load_commits(store)
 
@@ -245,9 +241,35 @@ def test_quarantine_is_lifted_by_a_commit() -> None:
 def test_manifest_says_what_the_commits_say() -> None:
     store = new_store()
     write_cache(store, SAMPLES, TOPKS, identity=make_identity(**EXACT))
-    manifest = load_record(ManifestRecord, store.get("manifest.json"), where="manifest.json")
-    assert [record.shard for record in manifest.shards] == sorted(commit.committed_shards(store))
-    assert all(record == commit.load_commit(store, record.shard) for record in manifest.shards)
+    manifest = commit.load_commits(store)
+    assert isinstance(manifest, Manifest)
+    assert list(manifest) == sorted(commit.committed_shards(store))
+    assert all(manifest[shard] == commit.load_commit(store, shard) for shard in manifest)
+
+
+def test_an_early_manifest_is_not_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """It was one JSON record of all commits; the golden caches have one."""
+    store = new_store()
+    write_cache(store, SAMPLES, TOPKS, identity=make_identity(**EXACT))
+    records = commit.load_commits(store)
+    body = json.dumps({"crc32c": "0" * 8, "shards": [to_json(record) for record in records.values()]})
+    store.put("manifest.json", body.encode())
+    assert commit.load_manifest(store) is None
+    assert commit.load_commits(store) == records
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("path", ["manifest.json", "manifest.parquet"])
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data[:70] + b"x" + data[71:], lambda _: b""])
+def test_a_damaged_manifest_is_named_and_the_commits_are_read_instead(path: str, change, caplog) -> None:
+    store = new_store()
+    write_cache(store, SAMPLES, TOPKS, identity=make_identity(**EXACT))
+    records = commit.load_commits(store)
+    store.put(path, change(store.get(path)))
+    with pytest.raises(CorruptionError, match=re.escape(f"{store.url}/{path}")):
+        commit.load_manifest(store)
+    assert commit.load_commits(store) == records
+    assert path in caplog.text and "the commit records are read instead" in caplog.text
 
 
 def test_attempts_never_share_a_name() -> None:
@@ -277,7 +299,7 @@ def test_bytes_that_are_committed_and_no_shard(container: str) -> None:
                 found = read(record, (*others, object_record(item.path, data)))
             except CorruptionError:
                 continue
-            assert item.path.endswith(f"{record.attempt}/zarr.json")  # the group's own metadata say nothing of rows
+            assert item.path.endswith("/zarr.json")  # it says nothing that the identity and the record do not
             assert found.equals(written)
         store.put(item.path, original)
         with pytest.raises(CorruptionError):

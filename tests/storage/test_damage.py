@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.commit import load_quarantine, quarantine_shard
-from logitcache_storage.errors import LogitCacheError
+from logitcache_storage.disk_cache import DiskCache
+from logitcache_storage.errors import CorruptionError, LogitCacheError, MismatchError
 from logitcache_storage.objects import open_store
-from logitcache_storage.testing import make_identity, make_samples, write_cache
+from logitcache_storage.testing import extend_cache, make_identity, make_samples, write_cache
 
-NUM_DAMAGES = 100
-"""For each container, with and without a manifest."""
+NUM_DAMAGES = {"zarr": 400, "arrow": 850}
+"""For each container, with and without a manifest; more than 2,000 of them are flipped bits and truncations."""
+NUM_LOCAL_DAMAGES = 200
 
-SAMPLES, TOPKS = make_samples(6, k=4, vocab_size=50, seed=2)
+IDENTITIES = {name: make_identity(container=name, k=4, precision="u8", shard_rows=24) for name in ("zarr", "arrow")}
 
 
 def kind_of(path: str) -> str:
@@ -30,8 +32,8 @@ def kind_of(path: str) -> str:
 
 def damaged(data: bytes, rng: np.random.Generator) -> tuple[str, bytes | None]:
     """One random damage: a bit, an end that is missing, bytes that are too many, nothing at all."""
-    kind = rng.choice(["bit", "bit", "bit", "truncated", "extended", "missing", "zeroed"])
-    if kind == "bit":
+    kind = str(rng.choice(["flipped bit"] * 12 + ["truncated"] * 6 + ["extended", "missing", "zeroed"]))
+    if kind == "flipped bit":
         changed = bytearray(data)
         changed[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
         return kind, bytes(changed)
@@ -58,43 +60,81 @@ def everything_of(url: str) -> list[list[object]]:
     return [part() if part else [] for part in parts()]
 
 
+def outcome_of(url: str, path: str, what: str, data: bytes | None, expected: list[list[object]]) -> str:
+    """Damage one object and read everything: "refused" by the object's name, or the "same" as ever."""
+    store = open_store(url)
+    original = store.get(path)
+    store.delete(path) if data is None else store.put(path, data)
+    try:
+        found = everything_of(url)
+    except LogitCacheError as e:
+        if data is not None:
+            assert isinstance(e, CorruptionError | MismatchError), f"{what} in {path}: {e!r}"
+            assert path in str(e), f"{what} in {path}: {e}"
+        return "refused"
+    else:
+        is_gone = data is None and path.split("/")[0] in ("manifest.json", "commits", "quarantine", "plans")
+        assert found == expected or is_gone, f"{what} in {path}"
+        return "same"
+    finally:
+        store.put(path, original)
+
+
 @pytest.mark.parametrize("finished", [True, False], ids=["manifest", "commits"])
 @pytest.mark.parametrize("container", ["zarr", "arrow"])
-def test_no_damage_is_read(container: str, finished: bool) -> None:
+def test_no_damage_is_read(container: str, finished: bool, count_fault) -> None:
     url = f"memory://{uuid.uuid4().hex}"
-    identity = make_identity(container=container, k=4, precision="u8", shard_rows=24)
-    write_cache(url, SAMPLES, TOPKS, identity=identity, commit_shards=None if finished else 99)
     store = open_store(url)
-    quarantine_shard(store, 7, ["made up"])
+    write_cache(store, *make_samples(6, k=4, vocab_size=50, seed=2), identity=IDENTITIES[container])
+    extend_cache(store, *make_samples(2, k=4, vocab_size=50, seed=3))
+    if not finished:
+        store.delete("manifest.json")
+        store.delete("manifest.parquet")
+    quarantine_shard(store, 99, ["made up"])
     expected = everything_of(url)
     rng = np.random.default_rng([finished, len(container)])
     by_kind: dict[str, list[str]] = {}
     for path in store.list(""):
         by_kind.setdefault(kind_of(path), []).append(path)
-    outcomes: Counter[tuple[str, str]] = Counter()
-    for n in range(NUM_DAMAGES):
+    refused = set()
+    for n in range(NUM_DAMAGES[container]):
         kind = sorted(by_kind)[n % len(by_kind)]
         path = str(rng.choice(by_kind[kind]))
-        original = store.get(path)
-        what, data = damaged(original, rng)
-        store.delete(path) if data is None else store.put(path, data)
-        try:
-            found = everything_of(url)
-        except LogitCacheError:
-            outcomes[kind, "refused"] += 1
-        else:
-            is_gone = what == "missing" and kind in ("manifest.json", "commits/*", "quarantine/*")
-            assert found == expected or is_gone, f"{what} in {path}"
-            outcomes[kind, "same"] += 1
-        store.put(path, original)
-    refused = {kind for kind, outcome in outcomes if outcome == "refused"}
-    assert refused >= by_kind.keys() - ({"commits/*"} if finished else set())
+        what, data = damaged(store.get(path), rng)
+        outcome = outcome_of(url, path, what, data, expected)
+        count_fault(f"{what} in a cache: {outcome}")
+        refused |= {kind} if outcome == "refused" else set()
+    # Of the manifest and the commit records either is enough.
+    assert refused >= by_kind.keys() - ({"commits/*", "manifest.json", "manifest.parquet"} if finished else set())
     assert everything_of(url) == expected
 
 
+def test_damage_on_the_local_disk_is_fetched_again(tmp_path: Path, count_fault) -> None:
+    """Whatever is damaged there, what is read is what was written, and the file is whole again afterwards."""
+
+    def read() -> list[list[object]]:
+        cache = Cache.open(url, disk_cache=DiskCache(tmp_path, 1 << 20))
+        rows = [cache.read_shard(shard).log_probs.tolist() for shard in cache.shards]
+        return [rows, [ids.tolist() for ids, _ in cache.read_tokens(range(len(cache)))]]
+
+    url = f"memory://{uuid.uuid4().hex}"
+    write_cache(url, *make_samples(6, k=4, vocab_size=50, seed=2), identity=IDENTITIES["arrow"])
+    expected = read()
+    files = sorted(path for path in tmp_path.iterdir() if path.stat().st_size)
+    assert {path.suffix for path in files} == {".rows", ".samples"}
+    rng = np.random.default_rng(0)
+    for n in range(NUM_LOCAL_DAMAGES):
+        path = files[n % len(files)]
+        original = path.read_bytes()
+        what, data = damaged(original, rng)
+        path.unlink() if data is None else path.write_bytes(data)
+        assert read() == expected, f"{what} in {path.name}"
+        assert path.read_bytes() == original
+        count_fault(f"{what} on the local disk: fetched again")
+
+
 def test_damage_is_named_with_its_remedy(tmp_path) -> None:
-    identity = make_identity(container="zarr", k=4, shard_rows=24)
-    write_cache(str(tmp_path), SAMPLES, TOPKS, identity=identity)
+    write_cache(str(tmp_path), *make_samples(6, k=4, vocab_size=50, seed=2), identity=IDENTITIES["zarr"])
     path = next(tmp_path.glob("shards/00000-*/ids/c/0/0"))
     data = bytearray(path.read_bytes())
     data[5] ^= 1

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from logitcache_storage.encoding import RANGE_NATS, column_types, decode, encode, log1mexp
 from logitcache_storage.errors import CorruptionError, InputError
-from logitcache_storage.schema import PRECISIONS
+from logitcache_storage.schema import ID_LAYOUTS, MAX_SPLIT_VOCAB, PRECISIONS
 from logitcache_storage.testing import make_topk
 from logitcache_storage.topk import TopKLogProbs
 
@@ -52,17 +54,25 @@ def any_rows(draw: st.DrawFn) -> TopKLogProbs:
     if draw(st.booleans()):
         weights = np.round(weights)  # ties
     num_kept = rng.integers(1, k + 1, size=num_rows) if draw(st.booleans()) else None
-    return rows_of(weights, k, num_kept)
+    topk = rows_of(weights, k, num_kept)
+    largest = draw(st.sampled_from([vocab_size, 2**16, 2**16 + 1, 2**18, MAX_SPLIT_VOCAB, MAX_SPLIT_VOCAB + 1, 2**31]))
+    if largest > vocab_size:
+        spread = rng.permutation(np.append(rng.choice(largest - 1, vocab_size - 1, replace=False), largest - 1))
+        topk = replace(topk, ids=np.where(topk.kept, spread[topk.ids], 0).astype(np.int32))
+    return topk
 
 
-@settings(deadline=None, max_examples=150)
-@given(topk=any_rows(), precision=st.sampled_from(PRECISIONS))
-def test_decoded_rows_are_distributions(topk: TopKLogProbs, precision: str) -> None:
-    found = decode(encode(topk, precision), precision)
+@settings(deadline=None, max_examples=300)
+@given(topk=any_rows(), precision=st.sampled_from(PRECISIONS), layout=st.sampled_from(ID_LAYOUTS))
+def test_decoded_rows_are_distributions(topk: TopKLogProbs, precision: str, layout: str) -> None:
+    assume(layout != "split" or topk.ids.max() < MAX_SPLIT_VOCAB)
+    found = decode(encode(topk, precision, layout), precision, layout)
     for name in ("num_kept", "log_tail", "label_log_prob"):
         assert np.array_equal(getattr(found, name), getattr(topk, name)), name
-    assert np.array_equal(found.ids, topk.ids)
+    if layout != "ascending":
+        assert np.array_equal(found.ids, topk.ids)
     for row in range(len(topk)):
+        assert sorted(found.ids[row]) == sorted(topk.ids[row])
         n = topk.num_kept[row]
         inside, beyond = found.log_probs[row, :n].astype(np.float64), found.log_probs[row, n:]
         assert (beyond == -np.inf).all()
@@ -71,12 +81,30 @@ def test_decoded_rows_are_distributions(topk: TopKLogProbs, precision: str) -> N
         assert np.exp(inside).sum() + np.exp(np.float64(topk.log_tail[row])) == pytest.approx(1.0, abs=4e-6)
 
 
+@settings(deadline=None, max_examples=200)
+@given(topk=any_rows(), precision=st.sampled_from(PRECISIONS))
+def test_layouts_hold_the_same_rows(topk: TopKLogProbs, precision: str) -> None:
+    """Each id has the log-prob that it has in the plain layout; in `ascending`, equal ones stand by ascending id."""
+    plain = decode(encode(topk, precision, "plain"), precision, "plain")
+    for layout in ("ascending", "split") if topk.ids.max() < MAX_SPLIT_VOCAB else ("ascending",):
+        found = decode(encode(topk, precision, layout), precision, layout)
+        assert np.array_equal(found.log_probs, plain.log_probs)
+        for row, n in enumerate(topk.num_kept):
+            expected = [(-lp, id_) for lp, id_ in zip(plain.log_probs[row, :n], plain.ids[row, :n], strict=True)]
+            if layout == "ascending":
+                expected.sort()
+            assert [
+                (-lp, id_) for lp, id_ in zip(found.log_probs[row, :n], found.ids[row, :n], strict=True)
+            ] == expected
+            assert not found.ids[row, n:].any()
+
+
 @settings(deadline=None, max_examples=100)
 @given(topk=any_rows(), precision=st.sampled_from(["u8", "u10"]))
 def test_levels_against_float64(topk: TopKLogProbs, precision: str) -> None:
     top = NUM_LEVELS[precision]
-    columns = encode(topk, precision)
-    found = decode(columns, precision)
+    columns = encode(topk, precision, "plain")
+    found = decode(columns, precision, "plain")
     for row in range(len(topk)):
         n = int(topk.num_kept[row])
         log_probs = topk.log_probs[row, :n].astype(np.float64)
@@ -103,7 +131,7 @@ def test_divergence_of_levels(precision: str, limit: float) -> None:
     # (64/L)^2 (b/32) / 12, and to second order KL is half the mean variance: (16/3) E[b] / L^2. Entries near the
     # top are off by less than that: level 0 is exact.
     topk = peaked_rows(400, 64, 2000, seed=3)
-    found = divergence(topk, decode(encode(topk, precision), precision)).mean()
+    found = divergence(topk, decode(encode(topk, precision, "plain"), precision, "plain")).mean()
     distance = (np.exp(topk.log_probs) * (topk.log_probs[:, :1] - topk.log_probs)).sum(1).mean()
     expected = 16 / 3 * distance / NUM_LEVELS[precision] ** 2
     assert 0.85 * expected <= found <= 1.05 * expected
@@ -113,7 +141,7 @@ def test_divergence_of_levels(precision: str, limit: float) -> None:
 def test_divergence_of_fp16() -> None:
     # Half a unit in the last place is at most 2^-11 of the size: variance |lp|^2 2^-22 / 3 at most.
     topk = peaked_rows(400, 64, 2000, seed=3)
-    found = divergence(topk, decode(encode(topk, "fp16"), "fp16")).mean()
+    found = divergence(topk, decode(encode(topk, "fp16", "plain"), "fp16", "plain")).mean()
     bound = 0.5 * (np.exp(topk.log_probs) * topk.log_probs.astype(np.float64) ** 2).sum(1).mean() * 2.0**-22 / 3
     assert -1e-9 <= found <= bound
 
@@ -121,7 +149,7 @@ def test_divergence_of_fp16() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_one_id(precision: str) -> None:
     topk = rows_of(np.random.default_rng(0).normal(size=(50, 9)) * 3, k=1)
-    found = decode(encode(topk, precision), precision)
+    found = decode(encode(topk, precision, "plain"), precision, "plain")
     # The only id has whatever mass the tail leaves.
     np.testing.assert_allclose(found.log_probs, topk.log_probs, rtol=2e-6, atol=2e-6)
 
@@ -130,18 +158,20 @@ def test_one_id(precision: str) -> None:
 def test_whole_vocabulary_has_no_tail(precision: str) -> None:
     topk = rows_of(np.random.default_rng(0).normal(size=(20, 11)), k=11)
     assert (topk.log_tail == -np.inf).all()
-    found = decode(encode(topk, precision), precision)
+    found = decode(encode(topk, precision, "plain"), precision, "plain")
     np.testing.assert_allclose(np.exp(found.log_probs.astype(np.float64)).sum(1), 1.0, atol=2e-6)
 
 
+@pytest.mark.parametrize("layout", ID_LAYOUTS)
 @pytest.mark.parametrize("num_rows", [0, 1, 1023, 1024, 1025])
-def test_rows_decoded_together_are_independent(num_rows: int) -> None:
+def test_rows_decoded_together_are_independent(num_rows: int, layout: str) -> None:
     topk = make_topk(num_rows, 5, 23).keep_mass(0.9)
-    columns = encode(topk, "u8")
-    one_by_one = [decode({n: c[i : i + 1] for n, c in columns.items()}, "u8") for i in range(num_rows)]
-    found = decode(columns, "u8")
+    columns = encode(topk, "u8", layout)
+    one_by_one = [decode({n: c[i : i + 1] for n, c in columns.items()}, "u8", layout) for i in range(num_rows)]
+    found = decode(columns, "u8", layout)
     assert len(found) == num_rows
     if num_rows:
+        assert np.array_equal(found.ids, TopKLogProbs.concatenate(one_by_one).ids)
         np.testing.assert_allclose(found.log_probs, TopKLogProbs.concatenate(one_by_one).log_probs, rtol=1e-6)
 
 
@@ -153,20 +183,20 @@ def test_far_below_the_top_is_stored_at_the_range() -> None:
         np.array([-np.inf], np.float32),
         np.array([-80.0], np.float32),
     )
-    assert decode(encode(topk, "u8"), "u8").log_probs[0].tolist() == [0.0, -RANGE_NATS]
-    assert decode(encode(topk, "fp16"), "fp16").log_probs[0].tolist() == [0.0, -80.0]
+    assert decode(encode(topk, "u8", "plain"), "u8", "plain").log_probs[0].tolist() == [0.0, -RANGE_NATS]
+    assert decode(encode(topk, "fp16", "plain"), "fp16", "plain").log_probs[0].tolist() == [0.0, -80.0]
 
 
 def test_sharply_peaked_rows_keep_a_denormal_tail() -> None:
     topk = rows_of(np.array([[0.0, -90.0, -91.0, -92.0]]), k=2)
-    found = decode(encode(topk, "u10"), "u10")
+    found = decode(encode(topk, "u10", "plain"), "u10", "plain")
     assert found.log_probs[0, 0] == pytest.approx(0.0, abs=1e-38)
     assert found.log_tail[0] == pytest.approx(-91 + np.log1p(np.exp(-1.0)), abs=1e-5)
 
 
 def test_fp32_is_exact() -> None:
     topk = make_topk(100, 7, 31).keep_mass(0.97)
-    assert decode(encode(topk, "fp32"), "fp32").equals(topk)
+    assert decode(encode(topk, "fp32", "plain"), "fp32", "plain").equals(topk)
 
 
 @settings(deadline=None)
@@ -184,7 +214,7 @@ def test_log1mexp_at_the_ends() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"codes": None}, "column 'codes' of precision u8: expected uint8 \\(4, 3\\), found nothing"),
+        ({"codes": None}, "column 'codes' of precision u8, id layout plain: expected uint8 \\(4, 3\\), found nothing"),
         ({"ids": None}, "column 'ids'"),
         ({"ids": np.zeros((4, 3), np.int64)}, "column 'ids' .* expected int32"),
         ({"ids": np.zeros(4, np.int32)}, "column 'ids'"),
@@ -194,22 +224,31 @@ def test_log1mexp_at_the_ends() -> None:
         ({"log_tail": np.float32([-1, -1, np.nan, -1])}, "log_tail"),
         ({"num_kept": np.int32([1, 2, 0, 3])}, "num_kept from 0 to 3"),
         ({"num_kept": np.int32([1, 2, 4, 3])}, "num_kept from 1 to 4"),
-        ({"codes": np.full((4, 3), 100, np.uint8)}, "highest level, 255"),
+        ({"codes": np.full((4, 3), 100, np.uint8)}, "highest level"),
     ],
 )
 def test_columns_that_cannot_be(change: dict[str, np.ndarray | None], match: str) -> None:
-    columns = {**encode(make_topk(4, 3, 9), "u8"), **change}
+    columns = {**encode(make_topk(4, 3, 9), "u8", "plain"), **change}
     with pytest.raises(CorruptionError, match=match):
-        decode({name: column for name, column in columns.items() if column is not None}, "u8")
+        decode({name: column for name, column in columns.items() if column is not None}, "u8", "plain")
 
 
 @pytest.mark.parametrize("codes", [[0, 600, 600], [0, 1000, 65000], [1024, 0, 0]])
-def test_levels_above_the_highest(codes: list[int]) -> None:
-    columns = {**encode(make_topk(1, 3, 9), "u10"), "codes": np.uint16([codes])}
-    with pytest.raises(CorruptionError, match=r"shards/7: .* highest level, 1023"):
-        decode(columns, "u10", where="shards/7")
+def test_sums_above_the_highest_level(codes: list[int]) -> None:
+    columns = {**encode(make_topk(1, 3, 9), "u10", "plain"), "codes": np.uint16([codes])}
+    with pytest.raises(CorruptionError, match=r"shards/7: .* highest level"):
+        decode(columns, "u10", "plain", where="shards/7")
 
 
-def test_unknown_precision() -> None:
+@pytest.mark.parametrize("layout", ["split", "ascending"])
+def test_levels_above_the_highest(layout: str) -> None:
+    columns = {**encode(make_topk(1, 3, 9), "u10", layout), "codes": np.uint16([[0, 5, 1024]])}
+    with pytest.raises(CorruptionError, match=r"shards/7: a level of 1024, above the highest level, 1023"):
+        decode(columns, "u10", layout, where="shards/7")
+
+
+def test_unknown_precisions_and_layouts() -> None:
     with pytest.raises(InputError, match="unknown precision 'u4'; choose from u8, u10, fp16, fp32"):
-        column_types("u4")
+        column_types("u4", "plain", 3)
+    with pytest.raises(InputError, match="unknown id layout 'ranked'; choose from plain, ascending, split"):
+        column_types("u8", "ranked", 3)

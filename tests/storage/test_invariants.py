@@ -42,7 +42,7 @@ def test_sound_rows_pass(seed: int, k: int, mass: float, precision: str | None) 
     topk, labels = rows(7, k, seed)
     topk = topk.keep_mass(mass)
     if precision is not None:
-        topk = decode(encode(topk, precision), precision)
+        topk = decode(encode(topk, precision, "plain"), precision, "plain")
     check_rows(topk, labels, V, where="x", precision=precision)
 
 
@@ -100,7 +100,7 @@ def test_labels_far_below_the_top_survive_the_encoding(precision: str) -> None:
     )
     labels = np.array([4], np.int32)
     check_rows(topk, labels, V, where="x")
-    check_rows(decode(encode(topk, precision), precision), labels, V, where="x", precision=precision)
+    check_rows(decode(encode(topk, precision, "plain"), precision, "plain"), labels, V, where="x", precision=precision)
 
 
 def test_labels_outside_the_vocabulary_or_of_another_length() -> None:

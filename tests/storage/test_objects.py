@@ -9,37 +9,13 @@ import pickle
 import random
 import signal
 import time
-import uuid
 from pathlib import Path
 
 import pytest
 
 from logitcache_storage import objects
-from logitcache_storage.committed import CommittedObjects, block_checksums, object_record
-from logitcache_storage.errors import CorruptionError, InputError, ObjectExistsError, ObjectNotFoundError, StoreError
+from logitcache_storage.errors import InputError, ObjectNotFoundError, StoreError
 from logitcache_storage.objects import open_store
-from logitcache_storage.schema import BLOCK_BYTES, ObjectRecord
-
-
-def crc32c(data: bytes) -> int:
-    """Bit by bit, from RFC 3720 appendix B.4: reflected polynomial 0x82f63b78."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def test_block_checksums() -> None:
-    # The vectors of RFC 3720, appendix B.4.
-    assert crc32c(b"123456789") == 0xE3069283
-    assert block_checksums(bytes(32)) == (0x8A9136AA,)
-    assert block_checksums(b"\xff" * 32) == (0x62A8AB43,)
-    data = bytes(range(251)) * 1100
-    assert BLOCK_BYTES == 262144 < len(data)
-    assert block_checksums(data) == (crc32c(data[:262144]), crc32c(data[262144:]))
-    assert block_checksums(b"") == ()
 
 
 @pytest.mark.parametrize("url", ["{}", "file://{}"])
@@ -61,8 +37,6 @@ def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_roots_with_odd_names(store_location, name: str) -> None:
     store = open_store(f"{store_location.url}/{name}", store_location.storage_options)
     store.create("a/b", b"1")
-    with pytest.raises(ObjectExistsError):
-        store.create("a/b", b"2")
     assert (store.get("a/b"), store.get_many(["a/b", "a/b"]), store.list("a")) == (b"1", [b"1", b"1"], ["a/b"])
     assert store.get_range("a/b", 0, 1) == b"1"
 
@@ -124,21 +98,6 @@ def test_unknown_protocol() -> None:
         open_store("nothing://x")
 
 
-def test_unreachable_server_is_a_store_error() -> None:
-    pytest.importorskip("s3fs")
-    options = {
-        "key": "k",
-        "secret": "s3cr3t",
-        "client_kwargs": {"endpoint_url": "http://127.0.0.1:9", "region_name": "us-west-2"},
-        "config_kwargs": {"retries": {"max_attempts": 0}, "connect_timeout": 1},
-    }
-    store = open_store("s3://bucket/cache", options)
-    store._fs.retries = 1
-    with pytest.raises(StoreError, match=r"s3://bucket/cache/cache\.json") as e:
-        store.get("cache.json")
-    assert "s3cr3t" not in str(e.value)
-
-
 def test_stores_survive_pickle(store_location) -> None:
     store = open_store(store_location.url, store_location.storage_options)
     store.put("a", b"1")
@@ -161,49 +120,30 @@ def test_stores_survive_fork(store_location) -> None:
     assert store.get("a") == b"1"
 
 
-def test_objects_that_no_commit_lists() -> None:
-    with pytest.raises(CorruptionError, match="x/y: the commit lists no such object"):
-        CommittedObjects(open_store("memory://nowhere"), []).get("x/y")
-
-
-def test_fetched_objects_come_from_memory() -> None:
-    store = open_store(f"memory://{uuid.uuid4().hex}")
-    contents = {"a": b"", "b": bytes(range(256)) * 2000, "c": b"1"}
-    for path, data in contents.items():
-        store.put(path, data)
-    found = CommittedObjects(store, [object_record(path, data) for path, data in contents.items()])
-    found.fetch_all()
-    for path in contents:
-        store.delete(path)
-    assert {path: found.get(path) for path in found.paths} == contents
-    assert found.get_range("b", 300_000, 300_005) == contents["b"][300_000:300_005]
-
-
-@pytest.mark.parametrize(
-    ("fields", "match"),
-    [
-        (("../x", 0, ()), "must be relative"),
-        (("/x", 0, ()), "must be relative"),
-        (("x", -1, ()), "size must be >= 0"),
-        (("x", 1, ()), "block_crc32c must be 1 checksums, got 0"),
-        (("x", 0, (1,)), "block_crc32c must be 0 checksums, got 1"),
-        (("x", BLOCK_BYTES, (1, 2)), "block_crc32c must be 1 checksums, got 2"),
-        (("x", BLOCK_BYTES + 1, (1,)), "block_crc32c must be 2 checksums, got 1"),
-    ],
-)
-def test_records_that_cannot_be(fields: tuple, match: str) -> None:
-    with pytest.raises(InputError, match=match):
-        ObjectRecord(*fields)
-
-
-@pytest.mark.parametrize("write", ["put", "create"])
-def test_writing_into_a_bucket_that_is_not_there_says_so(s3_server, write: str) -> None:
-    store = open_store("s3://no-such-bucket/cache", s3_server.storage_options)
-    with pytest.raises(StoreError, match=r"no-such-bucket/cache/x\.json: cannot be written, there is no such bucket"):
-        getattr(store, write)("x.json", b"{}")
-
-
 def test_writing_below_a_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match=r"file/x\.json: cannot be written"):
         open_store(str(tmp_path / "file")).create("x.json", b"{}")
+
+
+@pytest.mark.parametrize("end", ["/", "//"])
+def test_a_slash_at_the_end_of_a_url_says_nothing(store_location, end: str) -> None:
+    options = store_location.storage_options
+    open_store(store_location.url + end, options).put("a/b", b"1")
+    store = open_store(store_location.url, options)
+    assert (store.list(""), store.list("a"), store.get("a/b")) == (["a/b"], ["a/b"], b"1")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sftp://me:hunter2@host/cache",
+        "s3://key:hunter2@bucket/cache",
+        "az://c/cache?sv=2024&sig=hunter2",
+        "https://b.s3.amazonaws.com/cache?X-Amz-Signature=hunter2",
+    ],
+)
+def test_secrets_in_a_url_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(InputError, match=r"://\.\.\.: a URL stands in records and logs.*storage options") as e:
+        open_store(url)
+    assert "hunter2" not in str(e.value)

@@ -33,7 +33,9 @@ ATTEMPT = "0123456789abcdef"
 OBJECT = object_record(f"shards/00003-{ATTEMPT}.arrow", b"12345")
 SHARD = ShardRecord(3, ATTEMPT, 7, 5, (OBJECT,), {"entropy_sum": 1.5}, 0.25, "node-1", "2026-01-01T00:00:00+00:00")
 PLAN = PlanRecord(3, 30, 12, (5, 7), {"samples": 3}, (PlanPart(0, 2, OBJECT), PlanPart(2, 1, OBJECT)), OBJECT)
-RECORDS = [make_identity(), SHARD, PLAN, ManifestRecord((SHARD,)), QuarantineRecord(1, 2, ("a", "ü\n"), "now")]
+INDEX = object_record(f"samples/{ATTEMPT}-00000.index", bytes(64))
+INDEXED = PlanRecord(2, 20, 5, (5,), {}, (PlanPart(0, 2, OBJECT, INDEX),), OBJECT)
+RECORDS = [make_identity(), SHARD, PLAN, INDEXED, ManifestRecord(8, INDEX), QuarantineRecord(1, 2, ("a", "ü\n"), "now")]
 
 
 def sealed(values: object) -> bytes:
@@ -171,6 +173,19 @@ def test_deeply_nested_and_huge_records() -> None:
         load_record(QuarantineRecord, b"[" * 200_000, where="x")
     with pytest.raises(CorruptionError, match="268435457 bytes of metadata"):
         load_record(QuarantineRecord, bytes((1 << 28) + 1), where="x")
+
+
+def test_free_form_values_are_nested_a_little_only() -> None:
+    def record(depth: int) -> bytes:
+        inner: object = 1
+        for n in range(depth):
+            inner = [inner] if n % 2 else {"a": inner}
+        return sealed({**to_json(PLAN), "report": {"a": inner}})
+
+    assert load_record(PlanRecord, record(31), where="x").report
+    for depth in (32, 200):
+        with pytest.raises(CorruptionError, match="report: values nested more than 32 deep"):
+            load_record(PlanRecord, record(depth), where="x")
 
 
 def test_records_of_another_class() -> None:

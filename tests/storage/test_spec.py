@@ -6,6 +6,7 @@ The golden caches were written by `golden/write_golden.py` when format version 1
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -20,7 +21,7 @@ import pytest
 import zarr
 
 from logitcache_storage import Cache
-from logitcache_storage.schema import CONTAINERS, PRECISIONS
+from logitcache_storage.schema import CONTAINERS, ID_LAYOUTS, PRECISIONS
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,9 +35,8 @@ class SpecReader:
         self.identity = self.record("cache.json")
         assert self.identity["format_version"] == 1
         self.plan = self.record("plans/00000.json")
-        if (folder / "manifest.json").exists():
-            commits = self.record("manifest.json")["shards"]
-        else:
+        commits = self.manifest()
+        if commits is None:
             commits = [self.record(p.relative_to(folder).as_posix()) for p in (folder / "commits").glob("*.json")]
         self.commits = {commit["shard"]: commit for commit in commits}
         for commit in self.commits.values():
@@ -51,6 +51,19 @@ class SpecReader:
         assert data[:12] == b'{"crc32c": "'
         assert crc32c(data[:12] + b"00000000" + data[20:]) == int(data[12:20], 16)
         return json.loads(data)
+
+    def manifest(self) -> list[dict[str, Any]] | None:
+        """Section 2, the manifest."""
+        about = self.record("manifest.json") if (self.folder / "manifest.json").exists() else {}
+        if "table" not in about:
+            return None
+        rows = pq.read_table(self.checked(about["table"])).to_pylist()
+        assert [row["shard"] for row in rows] == list(range(about["num_shards"]))
+        for row in rows:
+            prefix = f"shards/{row['shard']:05d}-{row['attempt']}"
+            for item in row["objects"]:
+                item["path"] = prefix + item["suffix"]
+        return rows
 
     def checked(self, item: dict[str, Any]) -> Path:
         """Section 2, an object record."""
@@ -67,6 +80,8 @@ class SpecReader:
         for part in self.plan["parts"]:
             assert part["first_sample"] == len(rows)
             file = pq.ParquetFile(self.checked(part["object"]))
+            if "index" in part:
+                self.check_index(part, file.read().to_pylist())
             assert all(file.metadata.row_group(i).num_rows == 1024 for i in range(file.num_row_groups - 1))
             rows += file.read().to_pylist()
         for row in rows:
@@ -75,42 +90,74 @@ class SpecReader:
             assert hashlib.blake2b(packed, digest_size=16).digest() == row["key"]
         return rows
 
+    def check_index(self, part: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Section 3."""
+        data, n = self.checked(part["index"]).read_bytes(), part["num_samples"]
+        for i, name in enumerate(("shard", "first_row", "num_tokens", "num_targets")):
+            assert list(struct.unpack_from(f"<{n}i", data, 4 * n * i)) == [row[name] for row in rows]
+        assert data[16 * n :] == b"".join(row["key"] for row in rows)
+
     def shard(self, number: int) -> dict[str, list[Any]]:
         """Sections 5 to 7: one list per column and row, log-probs decoded in float64."""
         commit = self.commits[number]
         for item in commit["objects"]:
             self.checked(item)
         path = self.folder / f"shards/{number:05d}-{commit['attempt']}"
-        names = ("ids", "codes", "num_kept", "log_tail", "label_log_prob")
+        names = ["ids", "codes", "num_kept", "log_tail", "label_log_prob"]
+        layout = self.identity.get("id_layout", "plain")
+        if layout == "split":
+            names.append("ids_high")
+        expected = {"shard": number, "precision": self.identity["precision"]}
         if self.identity["container"] == "zarr":
             group = zarr.open_group(str(path), mode="r")
-            assert dict(group.attrs) == {"shard": number, "precision": self.identity["precision"]}
+            about = dict(group.attrs)
             columns = {name: np.asarray(group[name][:]).tolist() for name in names}
         else:
             with pa.ipc.open_file(str(path) + ".arrow") as file:
                 sizes = [file.get_batch(i).num_rows for i in range(file.num_record_batches)]
                 assert all(size == 4096 for size in sizes[:-1])
                 about = json.loads(file.schema.metadata[b"logitcache"])
-                assert about == {"shard": number, "precision": self.identity["precision"]}
                 columns = {name: file.read_all().column(name).to_pylist() for name in names}
-        rows = zip(columns["codes"], columns["num_kept"], columns["log_tail"], strict=True)
-        columns["log_probs"] = [self.decoded(*row) for row in rows]
+        assert about in (expected, {**expected, "id_layout": layout})
+        if layout == "split":
+            pairs = zip(columns["ids"], columns["ids_high"], strict=True)
+            columns["ids"] = [[low + 65536 * high for low, high in zip(*pair, strict=True)] for pair in pairs]
+        columns["log_probs"] = []
+        for row, (ids, codes) in enumerate(zip(columns["ids"], columns["codes"], strict=True)):
+            n = columns["num_kept"][row]
+            kept_ids, values = self.in_order(layout, ids[:n], codes[:n])
+            log_probs = self.decoded(values, columns["log_tail"][row])
+            columns["ids"][row] = [*kept_ids, *[0] * (len(ids) - n)]
+            columns["log_probs"].append([*log_probs, *[-math.inf] * (len(ids) - n)])
         return columns
 
-    def decoded(self, codes: list[float], num_kept: int, log_tail: float) -> list[float]:
-        """Section 5."""
+    def in_order(self, layout: str, ids: list[int], codes: list[float]) -> tuple[list[int], list[float]]:
+        """Section 5, id layouts: kept ids, most likely first, and their levels or log-probs."""
+        has_levels = self.identity["precision"] in ("u8", "u10")
+        if layout == "plain":
+            return ids, list(itertools.accumulate(codes)) if has_levels else codes
+        if layout == "split":
+            return ids, codes
+        assert layout == "ascending"
+        ids = list(itertools.accumulate(ids))
+        assert ids[0] >= 0 and ids == sorted(set(ids))
+        levels = [max(codes) - code if has_levels else code for code in codes]
+        order = sorted(range(len(ids)), key=lambda i: (levels[i] if has_levels else -levels[i], ids[i]))
+        return [ids[i] for i in order], [levels[i] for i in order]
+
+    def decoded(self, values: list[float], log_tail: float) -> list[float]:
+        """Section 5, levels and log-probs."""
         if self.identity["precision"] == "fp32":
-            return [*codes[:num_kept], *[-math.inf] * (len(codes) - num_kept)]
+            return values
         if self.identity["precision"] == "fp16":
-            below = [float(code) for code in codes[:num_kept]]
+            below = values
         else:
             highest = {"u8": 255, "u10": 1023}[self.identity["precision"]]
-            levels = [sum(codes[: i + 1]) for i in range(num_kept)]
-            assert max(levels) <= highest
-            below = [-32 * (level / highest) ** 2 for level in levels]
+            assert max(values) <= highest
+            below = [-32 * (level / highest) ** 2 for level in values]
         kept_mass = -math.expm1(log_tail)
         shift = math.log(kept_mass) - math.log(math.fsum(math.exp(b) for b in below))
-        return [*(min(b + shift, 0.0) for b in below), *[-math.inf] * (len(codes) - num_kept)]
+        return [min(b + shift, 0.0) for b in below]
 
 
 def _crc_table() -> list[int]:
@@ -155,12 +202,14 @@ def compare(folder: Path) -> int:
     return sum(commit["num_rows"] for commit in spec.commits.values())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("container", CONTAINERS)
-def test_a_reader_written_from_the_specification(tmp_path: Path, container: str, precision: str) -> None:
+@pytest.mark.parametrize("layout", ID_LAYOUTS)
+@pytest.mark.parametrize(
+    ("container", "precision"), [("zarr", "u8"), ("zarr", "fp16"), ("arrow", "u10"), ("arrow", "fp32")]
+)
+def test_a_reader_written_from_the_specification(tmp_path: Path, container: str, precision: str, layout: str) -> None:
     samples, topks = make_samples(14, k=5, vocab_size=50, seed=3)
     topks = [topk.keep_mass(0.98) if i % 2 else topk for i, topk in enumerate(topks)]
-    identity = make_identity(container=container, precision=precision, k=5, shard_rows=40)
+    identity = make_identity(container=container, precision=precision, id_layout=layout, k=5, shard_rows=40)
     write_cache(str(tmp_path), samples, topks, identity=identity, columns={"weight": [0.5] * 14}, commit_shards=2)
     unfinished = compare(tmp_path)
     write_cache(str(tmp_path), samples, topks, identity=identity, columns={"weight": [0.5] * 14})
@@ -186,9 +235,11 @@ def test_golden_caches_stay_readable(name: str) -> None:
     assert found.ids.tolist() == expected["ids"]
     np.testing.assert_allclose(np.exp(found.log_probs), expected["probs"], atol=1e-6)
     assert cache.identity.precision in name and cache.identity.container in name
+    assert cache.identity.id_layout in name or cache.identity.id_layout == "plain"
 
 
 def test_there_are_golden_caches_of_every_encoding() -> None:
     names = [path.name for path in GOLDEN.iterdir() if path.is_dir()]
     assert all(any(precision in name for name in names) for precision in PRECISIONS)
     assert all(any(container in name for name in names) for container in CONTAINERS)
+    assert all(any(layout in name for name in names) for layout in ID_LAYOUTS if layout != "plain")

@@ -10,14 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from logitcache_storage import verify
 from logitcache_storage.cache import Cache
-from logitcache_storage.commit import commit_path, load_commit, load_identity, quarantine_shard
+from logitcache_storage.commit import (
+    commit_path,
+    load_commit,
+    load_identity,
+    load_manifest,
+    quarantine_path,
+    quarantine_shard,
+    write_manifest,
+)
 from logitcache_storage.committed import object_record
 from logitcache_storage.encoding import encode
-from logitcache_storage.errors import CacheNotFoundError, MismatchError
+from logitcache_storage.errors import CacheNotFoundError, MismatchError, StoreError
 from logitcache_storage.objects import open_store
 from logitcache_storage.plans import load_plan
-from logitcache_storage.schema import ManifestRecord, dump_record, load_record
+from logitcache_storage.schema import dump_record
 from logitcache_storage.shard_format import shard_format
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 from logitcache_storage.verify import verify_cache
@@ -27,7 +36,7 @@ K, VOCAB = 5, 30
 
 def write(url, container="zarr", **options):
     samples, topks = make_samples(20, K, VOCAB)
-    identity = make_identity(k=K, vocab_size=VOCAB, shard_rows=50, container=container)
+    identity = make_identity(k=K, vocab_size=VOCAB, shard_rows=50, container=container, id_layout="plain")
     write_cache(url, samples, topks, identity=identity, **options)
 
 
@@ -86,7 +95,7 @@ def test_every_missing_object_is_reported_by_name(cache):
             continue
         path.unlink()
         found = paths_of(verify_cache(str(cache)))
-        assert found == (["manifest.json"] if name.startswith("commits/") else [name])
+        assert found == (["manifest.json"] if name.startswith("commits/") else [name]), name
         path.write_bytes(data)
 
 
@@ -137,7 +146,7 @@ def rewrite_shard(url, shard, change_columns=None, change_record=None):
     store = open_store(url)
     identity, record = load_identity(store), load_commit(store, shard)
     topk = Cache.open(url).read_shard(shard)
-    columns = encode(topk, identity.precision)
+    columns = encode(topk, identity.precision, identity.id_layout)
     if change_columns:
         columns = change_columns(columns)
     prefix = f"shards/{shard:05d}-{'f' * 16}"
@@ -152,10 +161,9 @@ def rewrite_shard(url, shard, change_columns=None, change_record=None):
 
 
 def commit(store, record):
+    listed = load_manifest(store)
     store.put(commit_path(record.shard), dump_record(record))
-    listed = load_record(ManifestRecord, store.get("manifest.json"), where="manifest").shards
-    kept = [r if r.shard != record.shard else record for r in listed]
-    store.put("manifest.json", dump_record(ManifestRecord(tuple(kept))))
+    write_manifest(store, {**listed, record.shard: record})
 
 
 def set_column(name, row, value):
@@ -205,7 +213,7 @@ def test_rows_of_another_shard_do_not_fit_the_labels(cache):
 
     def exchange(columns):
         rows = len(columns["ids"])
-        taken = encode(other[np.arange(rows) % len(other)], "u8")
+        taken = encode(other[np.arange(rows) % len(other)], "u8", "plain")
         return {name: taken[name] for name in columns}
 
     rewrite_shard(str(cache), 1, exchange)
@@ -237,6 +245,64 @@ def test_samples_whose_key_is_not_theirs(tmp_path):
     changed = dataclasses.replace(plan, parts=(dataclasses.replace(part, object=record),))
     store.put("plans/00000.json", dump_record(changed))
     assert verify_cache(url).is_intact
-    (found,) = verify_cache(url, deep=True).damage
+    index, found = verify_cache(url, deep=True).damage
     assert (found.path, found.shard) == (part.object.path, None)
     assert found.problem == "sample 2: its key is not the hash of its tokens"
+    assert (index.path, index.shard) == (part.index.path, None)
+    assert index.problem == f"differs from {part.object.path}, whose columns it repeats"
+
+
+def test_a_damaged_quarantine_record_is_named_and_hides_no_other(tmp_path):
+    write(str(tmp_path), commit_shards=1)
+    store = open_store(str(tmp_path))
+    for shard in (1, 2):
+        quarantine_shard(store, shard, ["worker lost"])
+    store.put(quarantine_path(1), b"{}")
+    report = verify_cache(store)
+    assert [(found.path, found.shard) for found in report.damage] == [(quarantine_path(1), None)]
+    assert [record.shard for record in report.quarantine] == [2]
+
+
+class DeafStore:
+    """A store that does not answer for one object."""
+
+    def __init__(self, store, path):
+        self._store, self._path = store, path
+
+    def get(self, path):
+        if path == self._path:
+            raise StoreError(f"{self._store.url}/{path}: connection reset")
+        return self._store.get(path)
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+
+def test_what_the_store_does_not_answer_for_is_told_from_damage(cache):
+    store = open_store(str(cache))
+    path = load_commit(store, 1).objects[0].path
+    for name in (path, commit_path(1), load_plan(store).parts[0].object.path):
+        found = {found.path: found for found in verify_cache(DeafStore(store, name)).damage}
+        assert found.pop(name).is_unreachable
+        assert not found
+    (cache / path).write_bytes(b"")
+    (found,) = verify_cache(store).damage
+    assert not found.is_unreachable
+
+
+def test_commits_made_while_the_check_runs_are_no_damage(cache, monkeypatch):
+    """A builder finishes the cache after the commits were listed, before the plan is read."""
+    store = open_store(str(cache))
+    late = {path: store.get(path) for path in (commit_path(1), "manifest.json", "manifest.parquet")}
+    for path in late:
+        store.delete(path)
+    plan = verify._Check.plan
+
+    def build_on(check):
+        for path, data in late.items():
+            store.put(path, data)
+        return plan(check)
+
+    monkeypatch.setattr(verify._Check, "plan", build_on)
+    report = verify_cache(store)
+    assert report.is_intact and report.num_shards == report.num_planned_shards - 1

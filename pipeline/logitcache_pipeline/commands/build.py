@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
 from logitcache_storage.commands.arguments import add_storage_options, storage_options
+
+if TYPE_CHECKING:
+    from logitcache_pipeline.settings import BuildSettings
 
 _STORAGE_OPTIONS = ("storage_options", "data_storage_options")
 
@@ -25,11 +29,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     _add_corpus(parser)
     _add_encoding(parser)
     _add_run(parser)
+    _add_estimate(parser)
 
 
 def run(args: Namespace) -> int:
-    """Build; exit status 1 when shards are quarantined."""
-    from logitcache_pipeline.build import build
+    """Build; exit status 1 when more shards are quarantined than allowed."""
     from logitcache_pipeline.settings import BuildSettings
     from logitcache_storage.errors import InputError
     from logitcache_storage.schema import parse
@@ -43,7 +47,42 @@ def run(args: Namespace) -> int:
         values["data"] = [values["data"]]
     options = {name: values.pop(name, None) for name in _STORAGE_OPTIONS}
     settings = parse(BuildSettings, values, where=config or "arguments")
-    build(settings, **options, say=lambda line: print(line, file=sys.stderr))
+    if getattr(args, "json", False):
+        return _print_estimate(settings, **options)
+    return _build(settings, **options)
+
+
+def _build(settings: BuildSettings, **options: Any) -> int:
+    from logitcache_pipeline.build import build
+    from logitcache_pipeline.log import JsonFormatter, json_line
+    from logitcache_storage.errors import LogitCacheError
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if settings.log_format == "text":
+        build(settings, **options, say=say)
+        return 0
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logging.captureWarnings(True)
+    try:
+        build(settings, **options, say=say)
+    except LogitCacheError as e:
+        say(json_line("error", "failed", str(e), {"exit_status": e.exit_status}))
+        return e.exit_status
+    return 0
+
+
+def _print_estimate(settings: BuildSettings, **options: Any) -> int:
+    from logitcache_pipeline.build import dry_run
+    from logitcache_storage.errors import InputError
+    from logitcache_storage.terminal import print_json
+
+    if not settings.dry_run:
+        raise InputError("--json prints the estimate of --dry-run; for the lines of a build: --log-format json")
+    print_json(dry_run(settings, **options))
     return 0
 
 
@@ -79,8 +118,12 @@ def _add_main(parser: ArgumentParser) -> None:
     parser.add_argument("--cache", metavar="URL", help="where the cache goes: a folder, or any URL that fsspec knows")
     parser.add_argument("--k", type=int, metavar="N", help="log-probs kept per target token (64)")
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
-    parser.add_argument("--dry-run", action="store_true", help="read, tokenize and plan, say what there is, and stop")
-    parser.add_argument("--engine", metavar="NAME", help="what runs the teacher: transformers (the default)")
+    parser.add_argument(
+        "--extend", action="store_true", help="add the data to the cache that is there, behind what it holds"
+    )
+    parser.add_argument("--log-format", choices=["text", "json"], help="lines for people, or JSON objects (text)")
+    parser.add_argument("--engine", metavar="NAME", help="what runs the teacher: transformers (the default) or vllm")
+    parser.add_argument("--role", choices=["teacher", "reference"], help="what the cache is for (teacher)")
     parser.add_argument(
         "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (auto: bfloat16 on GPUs, float32 on CPUs)"
     )
@@ -117,6 +160,10 @@ def _add_run(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("workers")
     group.add_argument("--workers", type=int, metavar="N", help="Ray actors (one per GPU; one on CPUs)")
     group.add_argument("--gpus-per-worker", type=float, metavar="F", help="may be a fraction (1 where there are GPUs)")
+    group.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs that share one model, with vllm (1)")
+    group.add_argument(
+        "--engine-options", metavar="JSON", type=storage_options, help="for the engine, e.g. vLLM's max_model_len"
+    )
     group.add_argument("--ray-address", metavar="A", help="a running cluster, e.g. auto or HOST:6379 (a local one)")
     group.add_argument("--tokens-per-batch", type=int, metavar="N", help="padded tokens the teacher sees at once")
     group.add_argument("--max-attempts", type=int, metavar="N", help="attempts at a shard before it is set aside (3)")
@@ -126,6 +173,25 @@ def _add_run(parser: ArgumentParser) -> None:
         metavar="SECONDS",
         help="an attempt that takes longer is killed (20x the slowest)",
     )
+    group.add_argument(
+        "--allow-quarantine", type=int, metavar="N", help="shards that may be lost without exit status 1 (0)"
+    )
+
+
+def _add_estimate(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("before the build")
+    group.add_argument("--dry-run", action="store_true", help="plan, say what it will take, and write nothing")
+    group.add_argument(
+        "--sample-rows",
+        type=int,
+        metavar="N",
+        help="target tokens scored here to estimate bytes; 0: none (2,000; none with a teacher above 2 GB)",
+    )
+    group.add_argument(
+        "--calibrate", type=float, metavar="SECONDS", help="score for so long here, for the rate and the hours"
+    )
+    group.add_argument("--price-per-gpu-hour", type=float, metavar="F", help="for the cost, with --calibrate")
+    group.add_argument("--json", action="store_true", help="print the estimate as JSON")
 
 
 COMMAND = Command("run the teacher over a corpus and keep what it thinks", add_arguments, run)

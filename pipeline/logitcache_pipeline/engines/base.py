@@ -112,5 +112,11 @@ def _transformers(path: str, **options: Any) -> Teacher:
     return TransformersTeacher.load(path, **options)
 
 
-ENGINES: dict[str, Callable[..., Teacher]] = {"transformers": _transformers}
+def _vllm(path: str, **options: Any) -> Teacher:
+    from logitcache_pipeline.engines.vllm import VllmTeacher
+
+    return VllmTeacher.load(path, **options)
+
+
+ENGINES: dict[str, Callable[..., Teacher]] = {"transformers": _transformers, "vllm": _vllm}
 """How to load a teacher, by engine; imports happen when one is loaded."""
