@@ -1,8 +1,6 @@
-"""A student's training step against `model(labels=...)`, the loader's rate, two ranks against one, and resuming.
+"""Training: the loader's rate, two ranks against one, and resuming.
 
-Model: Llama of random weights, D = 256, 2 layers, V = 151,936, float32; 512 tokens, all but the first of each sample
-targets; k = 64. A step is forward and backward; the optimizer's part is the same for both. Sides take turns within a
-round, and the ratio is the median over rounds of the ratio within a round.
+Whole steps are timed in `bench_objective_steps.py`.
 
     python tests/benchmarks/bench_training.py
 """
@@ -11,66 +9,34 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.fingerprints import tokenizer_identity
-from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
-from logitcache_train.collate import TrainingSample, collate
+from logitcache_storage.testing import make_identity, make_samples, write_cache
+from logitcache_train.collate import collate
 from logitcache_train.data import CachedSamples, GlobalBatchSampler
 from logitcache_train.demo.models import build_tokenizer
 from logitcache_train.objectives import objective
-from logitcache_train.student import make_student
 
-VOCAB_SIZE, HIDDEN_SIZE, NUM_SAMPLES, LENGTH, K = 151_936, 256, 8, 64, 64
-NUM_THREADS, ROUNDS = 2, 5
+K, NUM_THREADS = 64, 2
 
 
 def run() -> dict[str, Any]:
-    """All measures; the bounds are 1.0 for the step, 1e-5 for the losses, and equal bits for the resumed weights."""
+    """All measures; the bounds are 1e-5 for the losses, and equal bits for the resumed weights."""
     torch.set_num_threads(NUM_THREADS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        return {**training_step(), "loader_target_rows_per_second": loader_rate(folder), **whole_runs(folder)}
-
-
-def training_step() -> dict[str, float]:
-    """Time of the fused step over that of `model(labels=...)`, for plain SFT and for `target_sft`."""
-    torch.manual_seed(0)
-    samples = _samples()
-    batch = collate(samples, num_items=NUM_SAMPLES * (LENGTH - 1), layout="padded")
-    models = {"materialised": _model()}
-    for name in ("sft", "target_sft"):
-        models[name] = _model()
-        make_student(models[name], objective(name), vocab_size=VOCAB_SIZE)
-
-    def step(name: str) -> None:
-        model = models[name]
-        model.zero_grad(set_to_none=True)
-        if name == "materialised":
-            model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss.backward()
-        else:
-            model(**batch)["loss"].backward()
-
-    seconds = _interleaved({name: lambda name=name: step(name) for name in models})
-    return {
-        f"{name}_step_over_model_labels": round(
-            statistics.median(a / b for a, b in zip(seconds[name], seconds["materialised"], strict=True)), 3
-        )
-        for name in ("sft", "target_sft")
-    } | {"model_labels_step_seconds": round(statistics.median(seconds["materialised"]), 3)}
+        return {"loader_target_rows_per_second": loader_rate(folder), **whole_runs(folder)}
 
 
 def loader_rate(folder: Path) -> int:
@@ -79,7 +45,7 @@ def loader_rate(folder: Path) -> int:
     samples, topks = make_samples(num_samples, K, vocab_size, max_targets=200)
     identity = make_identity(vocab_size=vocab_size, k=K, shard_rows=8192)
     write_cache(str(folder / "large"), samples, topks, identity=identity)
-    data = CachedSamples({"teacher": Cache.open(str(folder / "large"))}, objective("kd"), window_shards=8)
+    data = CachedSamples({"teacher": [Cache.open(str(folder / "large"))]}, objective("kd"), window_shards=8)
     sampler = GlobalBatchSampler(
         data, batch_tokens=4096, window_shards=8, seed=0, rank=0, world_size=1, accumulation_steps=1
     )
@@ -102,34 +68,6 @@ def whole_runs(folder: Path) -> dict[str, Any]:
         "two_ranks_max_loss_difference": max(abs(a - b) for a, b in zip(one, two, strict=True)),
         "resumed_weights_equal_bits": all(torch.equal(expected[name], found[name]) for name in expected),
     }
-
-
-def _model() -> LlamaForCausalLM:
-    sizes = {"hidden_size": HIDDEN_SIZE, "intermediate_size": 2 * HIDDEN_SIZE, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB_SIZE, num_hidden_layers=2, **sizes))
-
-
-def _samples() -> list[TrainingSample]:
-    rng = np.random.default_rng(0)
-    positions = np.arange(1, LENGTH, dtype=np.int32)
-    samples = []
-    for i in range(NUM_SAMPLES):
-        ids = rng.integers(1000, size=LENGTH).astype(np.int32)
-        # Rows over a small vocabulary: which ids are kept makes no difference to the time.
-        topk = make_topk(LENGTH - 1, K, 1000, seed=i, labels=ids[positions])
-        samples.append(TrainingSample(str(i), ids, positions, {"teacher": topk}))
-    return samples
-
-
-def _interleaved(steps: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(ROUNDS + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number > 0:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _write_student_and_cache(folder: Path) -> None:

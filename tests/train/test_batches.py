@@ -1,6 +1,6 @@
 """The pure order: every sample once, equally many batches in every epoch, the same batches for any world size."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcache_storage.errors import InputError
-from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches
+from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches, window_starts
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=80).map(np.array)
 shards = st.lists(st.integers(0, 9), min_size=1, max_size=80).map(np.array)
@@ -24,6 +24,53 @@ def test_an_epoch_visits_every_sample_once_within_windows_of_shards(shard, seed,
     for place in range(len(order)):
         in_use = [s for s in first if first[s] <= place <= last[s]]
         assert len(in_use) <= window
+
+
+@given(shards, st.integers(0, 2**40), st.integers(1, 12))
+def test_windows_are_cut_where_their_shards_change(shard, seed, window):
+    visited = shard[epoch_order(shard, seed=seed, epoch=0, window_shards=window)]
+    starts = window_starts(visited, window)
+    parts = [set(visited[a:b]) for a, b in pairwise(starts)]
+    assert starts[0] == 0 and starts[-1] == len(shard)
+    assert all(len(part) == window for part in parts[:-1]) and 1 <= len(parts[-1]) <= window
+    assert sum(map(len, parts)) == len(set(shard)) == len(set().union(*parts))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.integers(1, 40)), min_size=1, max_size=60).map(np.array),
+    st.integers(0, 2**40),
+    st.integers(1, 5),
+    st.integers(1, 200),
+    st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 4)),
+    st.tuples(st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 3), st.integers(1, 4)),
+    st.floats(0, 1),
+)
+def test_a_run_resumed_with_another_topology_sees_each_sample_once(
+    shard_and_length, seed, window, batch_tokens, before, after, at
+):
+    """Each side as an own process computes it: rank by rank, worker by worker, from the pure functions alone."""
+    shard, num_tokens = shard_and_length.T
+
+    def seen_by(topology, first, last):
+        world_size, accumulation, num_workers = topology
+        steps = [[] for _ in range(last - first)]
+        for rank in range(world_size):
+            order = epoch_order(shard, seed=seed, epoch=3, window_shards=window)
+            starts = global_batches(num_tokens[order], batch_tokens)
+            jobs = [(j, a) for j in range(first, last) for a in range(accumulation)]
+            for worker in range(num_workers):
+                for j, a in jobs[worker::num_workers]:
+                    batch = order[starts[j] : starts[j + 1]]
+                    parts = micro_batches(batch, num_tokens[batch], world_size * accumulation)
+                    steps[j - first] += parts[a * world_size + rank].tolist()
+        return [sorted(step) for step in steps]
+
+    num_steps = num_global_batches(int(num_tokens.sum()), int(num_tokens.max()), batch_tokens)
+    stop = round(at * num_steps)
+    resumed = seen_by(before, 0, stop) + seen_by(after, stop, num_steps)
+    assert resumed == seen_by((1, 1, 1), 0, num_steps)
+    assert sorted(sample for step in resumed for sample in step) == list(range(len(shard)))
 
 
 def test_the_order_is_pinned():

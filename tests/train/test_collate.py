@@ -12,7 +12,7 @@ def sample(ids, positions, *, key="k", k=3, seed=0, column=None):
     positions = np.array(positions, dtype=np.int32)
     topk = make_topk(len(positions), k, 50, seed=seed)
     columns = {} if column is None else {"critical": np.array(column, dtype=np.float32)}
-    return TrainingSample(key, np.array(ids, dtype=np.int32), positions, {"teacher": topk}, columns)
+    return TrainingSample(key, np.array(ids, dtype=np.int32), positions, {"teacher": (topk,)}, columns)
 
 
 SAMPLES = [
@@ -51,7 +51,7 @@ def test_cached_rows_stand_in_the_order_of_the_samples():
     for s in SAMPLES:
         rows = slice(start, start + len(s.target_positions))
         for name in ("ids", "log_probs", "num_kept", "log_tail", "label_log_prob"):
-            assert np.array_equal(getattr(targets.cached["teacher"], name)[rows], getattr(s.topks["teacher"], name))
+            assert np.array_equal(getattr(targets.cached["teacher"], name)[rows], getattr(s.topks["teacher"][0], name))
         start = rows.stop
     assert start == len(targets.labels_N)
 

@@ -41,30 +41,30 @@ def sampler(samples, *, rank=0, world_size=1, accumulation_steps=1, batch_tokens
 
 
 def test_a_sample_is_what_the_cache_says(cache):
-    samples = CachedSamples({"teacher": cache}, objective("kd"), window_shards=2)
+    samples = CachedSamples({"teacher": [cache]}, objective("kd"), window_shards=2)
     assert len(samples) == len(cache)
     for i in (0, 17, 39, 3):
         found, expected = samples[i], cache[i]
         assert found.key == expected.key
         assert np.array_equal(found.input_ids, expected.input_ids)
         assert np.array_equal(found.target_positions, expected.target_positions)
-        assert found.topks["teacher"].equals(expected.topk)
+        assert found.topks["teacher"][0].equals(expected.topk)
 
 
 def test_an_objective_without_a_teacher_reads_no_shard(cache, monkeypatch):
     monkeypatch.setattr(Cache, "read_shard", lambda *_: pytest.fail("read a shard"))
-    samples = CachedSamples({"teacher": cache}, objective("dft"), window_shards=2)
+    samples = CachedSamples({"teacher": [cache]}, objective("dft"), window_shards=2)
     assert samples[5].topks == {}
 
 
 def test_decoded_shards_in_memory_are_bounded_and_each_is_read_once_an_epoch(cache, monkeypatch):
-    samples = CachedSamples({"teacher": cache}, objective("kd"), window_shards=3)
+    samples = CachedSamples({"teacher": [cache]}, objective("kd"), window_shards=3)
     read, original = [], Cache.read_shard
     monkeypatch.setattr(Cache, "read_shard", lambda self, shard: read.append(shard) or original(self, shard))
     bound = sum(sorted((r.num_rows for r in cache.shards.values()), reverse=True)[:4])
     for part in sampler(samples):
         samples.__getitems__(part)
-        held = samples._rows["teacher"]._shards.values()
+        held = samples._rows["teacher"][0]._shards.values()
         assert sum(map(len, held)) <= bound
     assert len(cache.shards) > 2 * 3
     assert sorted(read) == sorted(cache.shards)
@@ -73,7 +73,7 @@ def test_decoded_shards_in_memory_are_bounded_and_each_is_read_once_an_epoch(cac
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
 def test_any_topology_sees_the_same_global_batches_and_each_sample_once(cache, world_size, accumulation_steps):
-    samples = CachedSamples({"teacher": cache}, objective("sft"), window_shards=3)
+    samples = CachedSamples({"teacher": [cache]}, objective("sft"), window_shards=3)
     alone = sampler(samples)
     ranks = [
         sampler(samples, rank=r, world_size=world_size, accumulation_steps=accumulation_steps)
@@ -94,7 +94,7 @@ def test_any_topology_sees_the_same_global_batches_and_each_sample_once(cache, w
 
 
 def test_more_ranks_than_samples_give_samples_without_targets(cache):
-    samples = CachedSamples({"teacher": cache}, objective("kd"), window_shards=3)
+    samples = CachedSamples({"teacher": [cache]}, objective("kd"), window_shards=3)
     part = next(iter(sampler(samples, world_size=8, batch_tokens=1)))
     micros = [samples.__getitems__(type(part)(part.batch, i, 8)) for i in range(8)]
     num_items = int(samples.num_targets[part.batch].sum())
@@ -103,7 +103,7 @@ def test_more_ranks_than_samples_give_samples_without_targets(cache):
     assert len(part.batch) < 8
     for micro in micros[len(part.batch) :]:
         assert [len(s.target_positions) for s in micro.samples] == [0]
-        assert len(micro.samples[0].topks["teacher"]) == 0
+        assert len(micro.samples[0].topks["teacher"][0]) == 0
 
 
 def test_a_second_cache_is_joined_by_key(tmp_path, cache):
@@ -113,26 +113,26 @@ def test_a_second_cache_is_joined_by_key(tmp_path, cache):
     url = str(tmp_path / "reference")
     write_cache(url, [made[i] for i in shuffle], [topks[i] for i in shuffle], identity=identity)
     reference = Cache.open(url)
-    samples = CachedSamples({"teacher": cache, "reference": reference}, objective("asft"), window_shards=2)
+    samples = CachedSamples({"teacher": [cache], "reference": [reference]}, objective("asft"), window_shards=2)
     for i in (0, 11, 39):
-        assert samples[i].topks["reference"].equals(cache[i].topk)
+        assert samples[i].topks["reference"][0].equals(cache[i].topk)
 
 
 def test_a_second_cache_that_lacks_samples_is_refused(tmp_path, cache):
     reference = make_cache(tmp_path / "reference", commit_shards=2)
     with pytest.raises(MismatchError, match=r"the reference cache .* lacks \d+ of the 40 samples .* first with key"):
-        CachedSamples({"teacher": cache, "reference": reference}, objective("asft"), window_shards=2)
+        CachedSamples({"teacher": [cache], "reference": [reference]}, objective("asft"), window_shards=2)
 
 
 def test_a_missing_role_is_refused(cache):
     with pytest.raises(InputError, match="'asft' needs a reference cache, given: teacher; add --cache reference=URL"):
-        CachedSamples({"teacher": cache}, objective("asft"), window_shards=2)
+        CachedSamples({"teacher": [cache]}, objective("asft"), window_shards=2)
 
 
 def test_a_cache_without_samples_is_refused(tmp_path):
     empty = make_cache(tmp_path / "empty", commit_shards=0)
     with pytest.raises(InputError, match="has no sample yet; 'logitcache status'"):
-        CachedSamples({"teacher": empty}, objective("sft"), window_shards=2)
+        CachedSamples({"teacher": [empty]}, objective("sft"), window_shards=2)
 
 
 def columns_cache(folder, make_value):
@@ -151,14 +151,14 @@ def columns_cache(folder, make_value):
 )
 def test_a_column_of_lists_belongs_to_target_positions(tmp_path, make_value):
     cache = columns_cache(tmp_path / "c", make_value)
-    samples = CachedSamples({"teacher": cache}, objective("critical_tokens"), window_shards=2)
+    samples = CachedSamples({"teacher": [cache]}, objective("critical_tokens"), window_shards=2)
     for i in range(6):
         assert samples[i].columns["critical"].tolist() == samples[i].target_positions.tolist()
 
 
 def test_a_column_of_numbers_holds_for_every_target(tmp_path):
     cache = columns_cache(tmp_path / "c", lambda ids, ranges: len(ids))
-    sample = CachedSamples({"teacher": cache}, objective("critical_tokens"), window_shards=2)[2]
+    sample = CachedSamples({"teacher": [cache]}, objective("critical_tokens"), window_shards=2)[2]
     assert sample.columns["critical"].tolist() == [len(sample.input_ids)] * len(sample.target_positions)
 
 
@@ -168,25 +168,25 @@ def test_a_column_that_fits_nothing_is_refused_with_its_sample(tmp_path, value):
     made, _ = make_samples(6, K, V, seed=0)
     values = [value if i == 1 else usual for i in range(len(made))]
     cache = make_cache(tmp_path / "c", num_samples=6, columns={"critical": values})
-    samples = CachedSamples({"teacher": cache}, objective("critical_tokens"), window_shards=2)
+    samples = CachedSamples({"teacher": [cache]}, objective("critical_tokens"), window_shards=2)
     with pytest.raises(InputError, match=rf"column 'critical' of sample {cache[1].key}: expected a number"):
         samples[1]
 
 
 def test_a_missing_column_is_refused(cache):
     with pytest.raises(InputError, match=r"'critical_tokens' needs the column 'critical', which .* does not have"):
-        CachedSamples({"teacher": cache}, objective("critical_tokens"), window_shards=2)
+        CachedSamples({"teacher": [cache]}, objective("critical_tokens"), window_shards=2)
 
 
 def test_the_sequence_column_tells_samples_of_a_micro_batch_apart(cache):
-    samples = CachedSamples({"reference": cache}, OBJECTIVES["iw_sft"], window_shards=3)
+    samples = CachedSamples({"reference": [cache]}, OBJECTIVES["iw_sft"], window_shards=3)
     micro = samples.__getitems__(next(iter(sampler(samples))))
     assert len(micro.samples) > 1
     assert [set(s.columns["sequence"].tolist()) for s in micro.samples] == [{i} for i in range(len(micro.samples))]
 
 
 def test_token_ids_beyond_the_student_are_refused(cache):
-    samples = CachedSamples({"teacher": cache}, objective("sft"), window_shards=3)
+    samples = CachedSamples({"teacher": [cache]}, objective("sft"), window_shards=3)
     samples.check_token_ids(V, student="s")
     with pytest.raises(MismatchError, match=r"sample [0-9a-f]{32} has the token id \d+, and s has 20 tokens"):
         samples.check_token_ids(20, student="s")
@@ -194,7 +194,7 @@ def test_token_ids_beyond_the_student_are_refused(cache):
 
 def test_the_order_fingerprint_follows_the_committed_shards(tmp_path, cache):
     def found(c):
-        return CachedSamples({"teacher": c}, objective("sft"), window_shards=1).order_fingerprint()
+        return CachedSamples({"teacher": [c]}, objective("sft"), window_shards=1).order_fingerprint()
 
     again, partial = make_cache(tmp_path / "again"), make_cache(tmp_path / "partial", commit_shards=2)
     assert found(again) == found(cache)

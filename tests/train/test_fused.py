@@ -7,11 +7,14 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from logitcache_storage.errors import InputError
 from logitcache_train import OBJECTIVES, CachedTopK, fused_target_loss, objective, target_loss
 from logitcache_train import fused as fused_module
-from logitcache_train.fused import default_chunk_size, fused_loss_and_metrics
+from logitcache_train.fused import CHUNK_BYTES, default_chunk_size, fused_loss_and_metrics, split_rows
+from logitcache_train.kernels import eager
 from logitcache_train.loss import target_metrics
 from logitcache_train.positions import BadRowsError
 
@@ -248,31 +251,85 @@ def test_no_rows(name):
     assert loss == 0 and all((g == 0).all() for g in gradients) and metrics["p_label"].shape == (0,)
 
 
-def test_no_tensor_of_all_logits(monkeypatch):
-    """Nothing larger than a chunk, the head or the hidden states is alive after any reduction of a chunk."""
-    largest, reduce = [], fused_module._reduce
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sft", "gem"])
+def test_no_tensor_of_all_logits(name, dtype, monkeypatch):
+    """While chunks are visited nothing larger than a chunk is alive, and in float32 nothing larger than a block."""
+    num_rows, num_tokens, chunk_size, block_size = 40, 1031, 16, 4
+    largest, overwrite = {torch.float32: [], torch.bfloat16: []}, fused_module._overwrite_with_gradient
 
     def spy(*args):
-        result = reduce(*args)
-        tensors = (o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype == torch.float32)
-        largest.append(max(t.untyped_storage().nbytes() // 4 for t in tensors))
-        return result
+        overwrite(*args)
+        for tensor in (o for o in gc.get_objects() if type(o) is torch.Tensor and o.dtype in largest):
+            largest[tensor.dtype].append(tensor.untyped_storage().nbytes() // tensor.dtype.itemsize)
 
-    num_rows, num_tokens = 512, 1031
-    hidden_ND = torch.randn(num_rows, 4, requires_grad=True)
-    weight_VD = torch.randn(num_tokens, 4, requires_grad=True)
+    hidden_ND = torch.randn(num_rows, 4, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(num_tokens, 4, dtype=dtype, requires_grad=True)
     gc.collect()
-    monkeypatch.setattr(fused_module, "_reduce", spy)
+    monkeypatch.setattr(eager, "BLOCK_BYTES", 4 * block_size * num_tokens)
+    monkeypatch.setattr(fused_module, "_overwrite_with_gradient", spy)
     labels_N = torch.arange(num_rows)
-    fused_target_loss(hidden_ND, weight_VD, labels_N, objective("sft"), chunk_size=16).backward()
-    assert len(largest) == 32 and max(largest) <= 16 * num_tokens
+    fused_target_loss(hidden_ND, weight_VD, labels_N, objective(name), chunk_size=chunk_size).backward()
+    assert max(largest[dtype]) == chunk_size * num_tokens
+    assert dtype == torch.float32 or max(largest[torch.float32]) == block_size * num_tokens
 
 
 def test_default_chunks_hold_a_bounded_number_of_bytes():
-    for num_logits in (1, 32_000, 151_936, 2 * 256_000, 10**9):
-        rows = default_chunk_size(num_logits)
-        assert rows == 1 or 4 * rows * num_logits <= fused_module.CHUNK_BYTES
-    assert default_chunk_size(151_936) >= 128
+    for device, dtype, work_bytes in [("cpu", torch.float32, 0), ("meta", torch.bfloat16, 1 << 24)]:
+        limit = CHUNK_BYTES["cpu" if device == "cpu" else "cuda"]
+        for num_tokens in (1, 32_000, 151_936, 512_000, 10**9):
+            # One column that is expanded takes no memory.
+            weight_VD = torch.empty(1, 1, device=device, dtype=dtype).expand(num_tokens, 1)
+            rows = default_chunk_size(weight_VD, work_bytes)
+            assert rows == 1 or rows * num_tokens * dtype.itemsize + work_bytes <= limit
+    assert default_chunk_size(torch.empty(1, 1).expand(151_936, 1), 2 * eager.BLOCK_BYTES) >= 128
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=12),
+    size=st.integers(1, 12),
+    order=st.randoms(use_true_random=False),
+    shuffled=st.booleans(),
+)
+def test_chunks_end_where_sequences_end(lengths, size, order, shuffled):
+    groups = [i for i, length in enumerate(lengths) for _ in range(length)]
+    if shuffled:
+        order.shuffle(groups)
+    chunks = split_rows(len(groups), size, torch.tensor(groups, dtype=torch.long))
+    assert [i for rows, _ in chunks for i in range(rows.start, rows.stop)] == list(range(len(groups)))
+    for rows, is_split in chunks:
+        assert rows.stop - rows.start <= size
+        inside = groups[rows]
+        assert is_split == any(groups.count(g) != inside.count(g) for g in inside)
+    if not shuffled and max(lengths, default=0) <= size:
+        assert not any(is_split for _, is_split in chunks)
+
+
+def test_chunks_of_rows_that_stand_alone_are_full():
+    assert split_rows(7, 3, None) == [(slice(0, 3), False), (slice(3, 6), False), (slice(6, 7), False)]
+    assert split_rows(0, 3, None) == [(slice(0, 0), False)]
+
+
+@pytest.mark.parametrize(("chunk_size", "products"), [(7, 5), (16, 3), (6, 11)])
+def test_only_chunks_with_a_part_of_a_sequence_are_multiplied_twice(chunk_size, products, monkeypatch):
+    """Sequences of 7 rows, the last of 3; of the 6 chunks of at most 6 rows only that of the last is whole."""
+    reduce, calls = fused_module._reduce, []
+    monkeypatch.setattr(fused_module, "_reduce", lambda *args: calls.append(1) or reduce(*args))
+    Batch().fused(objective("iw_sft"), chunk_size=chunk_size)
+    assert len(calls) == products
+
+
+@pytest.mark.parametrize("order", ["as given", "shuffled"])
+def test_sequences_need_not_be_in_one_piece(order):
+    batch, obj = Batch(), objective("iw_sft")
+    if order == "shuffled":
+        shuffle_N = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+        batch.columns["sequence"] = batch.columns["sequence"][shuffle_N]
+    loss, gradients, _ = batch.dense(obj)
+    fused_loss, fused_gradients, _ = batch.fused(obj)
+    torch.testing.assert_close(fused_loss, loss, atol=1e-12, rtol=1e-12)
+    for fused, expected in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(fused, expected, atol=1e-14, rtol=1e-10)
 
 
 def test_logits_that_are_no_numbers_are_refused_by_row():

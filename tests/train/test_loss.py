@@ -64,7 +64,7 @@ def dense_gradient(name, z_V, label, row, reference_label, critical):
         np.full(V, 1 / V),
         sharp_V / sharp_V.sum(),
     ]
-    return sum(c_j * (p_V - atom_V) for c_j, atom_V in zip(c, atoms, strict=True) if c_j)
+    return sum((c_j * (p_V - atom_V) for c_j, atom_V in zip(c, atoms, strict=True) if c_j), np.zeros(V))
 
 
 def dense_cached_and_guided(p_V, z_V, label, row):
@@ -138,7 +138,7 @@ def check_against_dense(name, path, z_NV, labels_N, cache, tolerance, **options)
     g_NV = gradient_at_logits(path, z_NV, labels_N, obj, cached, {"critical": critical_N}, **options)
     for i, g_V in enumerate(g_NV.double().numpy()):
         row, ratio = row_of(cache, i), math.exp(reference_N[i])
-        expected_V = dense_gradient(name, z_NV[i].numpy(), int(labels_N[i]), row, ratio, int(critical_N[i]))
+        expected_V = dense_gradient(name, z_NV[i].double().numpy(), int(labels_N[i]), row, ratio, int(critical_N[i]))
         assert np.abs(g_V - expected_V).max() <= tolerance
     # Q sums to one: p - Q sums to zero
     assert g_NV.sum(-1).abs().max() <= 2 * tolerance
@@ -216,6 +216,49 @@ def test_a_tail_the_student_cannot_represent_still_gets_its_mass(name, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("eta", [-0.5, 1.3, 2.0])
+@pytest.mark.parametrize("k", [1, 4, 11])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-6)])
+def test_extrapolated_eta_against_the_normalised_product(path, eta, k, dtype, tolerance):
+    rng = np.random.default_rng(6)
+    V, labels_N = 11, rng.integers(11, size=8)
+    z_NV = torch.tensor(rng.normal(size=(8, V))).to(dtype)
+    cache = random_cache(rng, labels_N, V, k)
+    obj = objective("target_sft", eta=eta, extrapolate=True)
+    g_NV = gradient_at_logits(path, z_NV, torch.tensor(labels_N), obj, {"teacher": cache})
+    for i, label in enumerate(labels_N):
+        z_V = z_NV[i].double().numpy()
+        p_V = np.exp(z_V) / np.exp(z_V).sum()
+        cached_V, _ = dense_cached_and_guided(p_V, z_V, label, row_of(cache, i))
+        product_V = p_V ** (1 - eta) * cached_V**eta
+        residual_V = product_V / product_V.sum()
+        expected_V = p_V - p_V[label] * np.eye(V)[label] - (1 - p_V[label]) * residual_V
+        assert np.abs(g_NV[i].double().numpy() - expected_V).max() <= tolerance
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_extrapolated_eta_names_the_rows_with_infinite_weights(path):
+    z_NV, labels_N = torch.zeros(4, 7), torch.tensor([0, 1, 2, 3])
+    cache = random_cache(np.random.default_rng(0), labels_N.numpy(), 7, 3)
+    cache.log_tail[1], cache.label_log_prob[1] = -torch.inf, cache.log_probs[1, 0]
+    cache.ids[1, 0] = 1
+
+    def gradient(eta):
+        obj = objective("target_sft", eta=eta, extrapolate=True)
+        return gradient_at_logits(path, z_NV, labels_N, obj, {"teacher": cache})
+
+    assert gradient(1.3).isfinite().all()  # an empty tail to the power 1.3 is empty
+    with pytest.raises(
+        BadRowsError, match=r"rows 1 of 4 is not finite: .* eta outside \[0, 1\] gives a token infinite"
+    ) as e:
+        gradient(-0.3)
+    assert e.value.rows == [1]
+    z_NV[2, cache.ids[2]] = -math.inf
+    with pytest.raises(BadRowsError, match="rows 2 of 4"):
+        gradient(1.3)
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_two_rows_of_the_table_meet_where_the_mathematics_says_so(path):
     rng = np.random.default_rng(4)
     N, V = 50, 37
@@ -272,6 +315,33 @@ def test_losses_are_cross_entropies_with_the_target():
     torch.testing.assert_close(target_loss(z_NV, labels_N, objective("dft")), (-nll_N).exp() * nll_N)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits(name, dtype):
+    """Reductions are in float32, so the gradient is off by its own rounding alone, u |g| with |g| <= 2."""
+    rng = np.random.default_rng(12)
+    labels_N = rng.integers(41, size=23)
+    z_NV = torch.tensor(rng.normal(size=(23, 41)) * 2).to(dtype)
+    cache = random_cache(rng, labels_N, 41, 6)
+    check_against_dense(name, "readable", z_NV, torch.tensor(labels_N), cache, torch.finfo(dtype).eps / 2 * 2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["kl_sft", "asft", "kd", "kd_hybrid", "target_sft"])
+def test_empty_tails(name, path):
+    """The teacher gives nothing to what is outside its top-k, neither to some labels."""
+    rng = np.random.default_rng(13)
+    labels_N = rng.integers(20, size=30)
+    z_NV = torch.tensor(rng.normal(size=(30, 20)) * 2).float()
+    cache = random_cache(rng, labels_N, 20, 5)
+    kept_N = (cache.ids == torch.tensor(labels_N)[:, None]).any(-1)
+    assert 3 < kept_N.sum() < 27
+    nothing_N = torch.full((30,), -math.inf, dtype=torch.float64)
+    label_N = torch.where(kept_N, cache.label_log_prob, nothing_N)
+    empty = CachedTopK(cache.ids, cache.log_probs, cache.num_kept, nothing_N, label_N)
+    check_against_dense(name, path, z_NV, torch.tensor(labels_N), empty, 1e-6)
+
+
 def test_half_precision_logits_are_reduced_in_float32():
     rng = np.random.default_rng(3)
     labels_N = torch.tensor(rng.integers(300, size=6))
@@ -304,66 +374,6 @@ def test_metrics():
     metrics = target_metrics(z_NV, labels_N, objective("kl_sft", weight=0.25), {"reference": cache})
     torch.testing.assert_close(metrics["gamma"], torch.full((N,), 0.8, dtype=torch.float64))
     assert "teacher_tail" not in target_metrics(z_NV, labels_N, objective("sft"))
-
-
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("kd", {"cached": None}, "'kd' needs the cache role 'teacher', given: none; .*--cache teacher=URL"),
-        ("asft", {}, "needs the cache role 'reference', given: teacher"),
-        ("critical_tokens", {}, "needs the column 'critical', given: none"),
-        (
-            "critical_tokens",
-            {"columns": {"critical": torch.ones(3)}},
-            "'critical' has 3 rows, expected one for each of 4",
-        ),
-        ("sft", {"labels": [0, 1, 2, 7]}, "labels of rows 3 are outside the vocabulary of 7 tokens, the first is 7"),
-        ("sft", {"labels": [-100, 1, -100, 0]}, "labels of rows 0, 2 are outside .* the first is -100"),
-        ("sft", {"vocab_size": 3}, "labels of rows 3 are outside the vocabulary of 3 tokens"),
-        ("sft", {"z": (1, math.nan)}, "logits of rows 1 of 4 hold NaN or infinite values"),
-        ("profit", {"z": (2, math.inf)}, "logits of rows 2 of 4 hold NaN or infinite values"),
-        ("kd", {"log_tail": math.nan}, "loss of rows 0 of 4 is not finite: .*cached log-probs are damaged"),
-    ],
-)
-def test_bad_input_is_named(path, name, change, message):
-    labels_N = torch.tensor(change.get("labels", [0, 1, 2, 3]))
-    z_NV = torch.arange(28.0).reshape(4, 7) % 5
-    if "z" in change:
-        row, value = change["z"]
-        z_NV[row, 4] = value
-    cache = random_cache(np.random.default_rng(0), np.array([0, 1, 2, 3]), 7, 3)
-    cache.log_tail[0] = change.get("log_tail", cache.log_tail[0])
-    cached = change.get("cached", {"teacher": cache})
-    with pytest.raises(InputError, match=message) as e:
-        gradient_at_logits(
-            path, z_NV, labels_N, objective(name), cached, change.get("columns"), vocab_size=change.get("vocab_size")
-        )
-    if isinstance(e.value, BadRowsError):
-        assert all(0 <= row < 4 for row in e.value.rows)
-
-
-def test_a_logit_of_minus_infinity_is_refused_where_it_matters():
-    z_NV = torch.zeros(4, 7)
-    z_NV[2, 4] = -math.inf
-    labels_N = torch.tensor([0, 1, 2, 3])
-    with pytest.raises(BadRowsError, match="loss of rows 2 of 4 is not finite: a logit is -inf"):
-        target_loss(z_NV, labels_N, objective("label_smoothing"))
-    torch.testing.assert_close(target_loss(z_NV, labels_N, objective("sft"))[2], torch.tensor(6.0).log())
-
-
-def test_many_bad_rows_are_counted():
-    with pytest.raises(BadRowsError, match="rows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are outside") as e:
-        target_loss(torch.zeros(20, 3), torch.full((20,), 5), objective("sft"))
-    assert e.value.rows == list(range(20))
-
-
-def test_a_coefficient_must_declare_what_it_reads():
-    from logitcache_train import Objective
-
-    obj = Objective("mine", "f", "s", label=lambda at, par: at.column("weight"))
-    with pytest.raises(InputError, match="objective 'mine' reads 'weight': declare it in its columns"):
-        target_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), obj, columns={"weight": torch.ones(2)})
 
 
 def test_wrong_shapes_are_refused():

@@ -6,7 +6,6 @@ Shapes: N positions, V vocabulary.
 import math
 import subprocess
 import sys
-from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -39,7 +38,8 @@ PARAMETERS = {
 def textbook(name, z_NV, y_N, teacher_NV, reference_NV, critical_N, sequence_N, **par):
     """The losses as their papers write them, [N]; teacher and reference are full distributions."""
     p_NV, log_p_NV = z_NV.softmax(-1), z_NV.log_softmax(-1)
-    p_y, nll = p_NV[range(N), y_N], F.cross_entropy(z_NV, y_N, reduction="none")
+    rows_N = range(len(y_N))
+    p_y, nll = p_NV[rows_N, y_N], F.cross_entropy(z_NV, y_N, reduction="none")
     kl_to_reference = F.kl_div(log_p_NV, reference_NV, reduction="none").sum(-1)
     if name == "sft":
         return nll
@@ -54,7 +54,7 @@ def textbook(name, z_NV, y_N, teacher_NV, reference_NV, critical_N, sequence_N, 
         top = top / top.sum(-1, keepdim=True)
         return -(top * top.log()).sum(-1) / math.log(par["entropy_k"]) * nll
     if name == "iw_sft":
-        log_ratio = (p_y / reference_NV[range(N), y_N]).detach().log()
+        log_ratio = (p_y / reference_NV[rows_N, y_N]).detach().log()
         weights = torch.empty_like(nll)
         for s in set(sequence_N.tolist()):
             mean = log_ratio[sequence_N == s].mean().exp()
@@ -69,7 +69,7 @@ def textbook(name, z_NV, y_N, teacher_NV, reference_NV, critical_N, sequence_N, 
     if name == "asft":
         return p_y.detach() * nll + par["weight"] * kl_to_reference
     if name == "psft":
-        r = p_y / reference_NV[range(N), y_N]
+        r = p_y / reference_NV[rows_N, y_N]
         return -torch.minimum(r, r.clamp(1 - par.get("clip_low", 0.2), 1 + par["clip_high"]))
     if name == "gem":
         return nll + ((z_NV / par["beta"]).softmax(-1).detach() * log_p_NV).sum(-1)
@@ -81,20 +81,21 @@ def textbook(name, z_NV, y_N, teacher_NV, reference_NV, critical_N, sequence_N, 
     if name == "target_sft":
         residual = p_NV ** (1 - par["eta"]) * teacher_NV ** par["eta"]
         residual = residual / residual.sum(-1, keepdim=True)
-        target = p_y[:, None] * F.one_hot(y_N, V) + (1 - p_y[:, None]) * residual
+        target = p_y[:, None] * F.one_hot(y_N, z_NV.shape[1]) + (1 - p_y[:, None]) * residual
         return -(target.detach() * log_p_NV).sum(-1)
     raise AssertionError(name)
 
 
 def full_cache(q_NV, y_N):
     """A distribution as a cache that keeps every token."""
+    num_rows, vocab_size = q_NV.shape
     probs, ids = q_NV.sort(-1, descending=True)
     return CachedTopK(
         ids=ids,
         log_probs=probs.log(),
-        num_kept=torch.full((N,), V),
-        log_tail=torch.full((N,), -torch.inf),
-        label_log_prob=q_NV[range(N), y_N].log(),
+        num_kept=torch.full((num_rows,), vocab_size),
+        log_tail=torch.full((num_rows,), -torch.inf),
+        label_log_prob=q_NV[range(num_rows), y_N].log(),
     )
 
 
@@ -166,6 +167,30 @@ def test_defaults_and_needs():
     assert objective("sft").roles == () and objective("critical_tokens").columns == ("critical",)
 
 
+def test_rows_declare_what_their_expressions_read():
+    assert objective("psft").roles == ("reference",) and objective("psft").role is None
+    row = Objective(
+        "mine", "f", "s", label="column('a') * log_teacher_label", columns=("b",), label_roles=("reference",)
+    )
+    assert row.columns == ("b", "a") and row.roles == ("reference", "teacher")
+    assert row.label.text == "column('a') * log_teacher_label" and row.with_parameters().columns == ("b", "a")
+
+
+def test_eta_leaves_its_range_where_that_is_asked_for():
+    with pytest.raises(
+        InputError, match=r"in \[0, 1\], got 1.3; .* extrapolate=True \(--extrapolate\) lifts the range"
+    ):
+        objective("target_sft", eta=1.3)
+    obj = objective("target_sft", eta=1.3, extrapolate=True)
+    assert obj.values == {"eta": 1.3} and obj.with_parameters(eta=-0.5).values == {"eta": -0.5}
+    with pytest.raises(InputError, match=r"in \[0, 1\], got 1.3"):
+        obj.with_parameters(extrapolate=False)
+    with pytest.raises(InputError, match="got nan"):
+        objective("target_sft", eta=math.nan, extrapolate=True)
+    with pytest.raises(InputError, match="'kd_hybrid' has no parameter that extrapolates"):
+        objective("kd_hybrid", weight=1.5, extrapolate=True)
+
+
 def test_parameters_do_not_leak_into_the_table():
     assert objective("target_sft", eta=0.1).values == {"eta": 0.1}
     assert OBJECTIVES["target_sft"].values == {"eta": 0.5}
@@ -199,6 +224,9 @@ def test_wrong_names_and_parameters_are_refused(name, parameters, message):
         ({"sharpened": 1.0}, "must have a parameter 'beta'"),
         ({"cached": 1.0}, "must say whose, e.g. role='teacher'"),
         ({"label": 1.0, "pooled": lambda at, par: at.p_label}, "must declare it"),
+        ({"label": "pooled"}, "label of objective 'mine' reads 'pooled', and the row does not say what is pooled"),
+        ({"label": "p_lable"}, "label of objective 'mine': the name 'p_lable' cannot be used"),
+        ({"label": 1.0, "parameters": {"exp": Parameter(1, 0, 1, "a share")}}, "a parameter's name must be"),
     ],
 )
 def test_rows_that_cannot_work_are_refused(row, message):
@@ -228,37 +256,9 @@ def test_the_snippet_for_an_own_row(batch):
 
 def test_a_parameter_knows_its_range():
     assert Parameter(1, 0, 1, "a share").range == "[0, 1]"
+    assert Parameter(1, -math.inf, 2, "x").range == "(-inf, 2]" and Parameter(1, 0, math.inf, "x").range == "[0, inf)"
     with pytest.raises(InputError, match=r"x must be a number in \[0, 1\], got True; it is a share"):
         Parameter(1, 0, 1, "a share").check(True, what="x")
-
-
-def run_command(capsys, *arguments):
-    from logitcache_train.commands.objectives import COMMAND
-
-    parser = ArgumentParser()
-    COMMAND.add_arguments(parser)
-    status = COMMAND.run(parser.parse_args(arguments))
-    return status, capsys.readouterr().out
-
-
-def test_command_lists_every_row(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
-    status, out = run_command(capsys)
-    assert status == 0 and all(name in out for name in NAMES) and "-1[p_y > threshold] log p_y" in out
-
-
-def test_command_shows_one_row_in_full(capsys):
-    status, out = run_command(capsys, "target_sft")
-    assert status == 0
-    for part in ("Q = p_y label + (1 - p_y) guided", "arXiv 2606.11189", "--eta 0.5  in [0, 1]", "teacher cache"):
-        assert part in out
-    assert "may use     teacher cache, column sequence" in run_command(capsys, "iw_sft")[1]
-
-
-def test_command_refuses_an_unknown_name(capsys):
-    with pytest.raises(InputError, match="unknown objective 'tsft'") as e:
-        run_command(capsys, "tsft")
-    assert e.value.exit_status == 2
 
 
 def test_the_table_needs_no_torch():

@@ -1,11 +1,13 @@
 """What a command line and a configuration file become."""
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 
 import pytest
 
 from logitcache_storage.errors import InputError
-from logitcache_train.commands.train import add_arguments, parameter_names
+from logitcache_train.collate import Mixing
+from logitcache_train.commands.train import add_arguments, byte_count, parameter_names
+from logitcache_train.lora import LoraSettings
 from logitcache_train.objectives import OBJECTIVES, objective
 from logitcache_train.settings import REFUSED, parse_caches, parse_settings
 
@@ -21,7 +23,7 @@ def parse(*words):
 
 def test_the_needed_arguments_are_enough():
     found = parse(*NEEDED)
-    assert (found.student, dict(found.caches), str(found.output)) == ("base", {"teacher": "./cache"}, "out")
+    assert (found.student, dict(found.caches), str(found.output)) == ("base", {"teacher": ("./cache",)}, "out")
     assert (found.objective.name, found.objective.values) == ("target_sft", {"eta": 0.5})
     assert (found.batch_tokens, found.window_shards, found.packing, found.dtype) == (None, 8, "auto", "float32")
     assert (found.arguments.logging_steps, found.arguments.report_to, found.arguments.bf16) == (10, [], False)
@@ -73,12 +75,12 @@ def test_a_configuration_file_gives_what_the_command_line_leaves_open(tmp_path):
         "packing: null\n"
     )
     found = parse("--config", str(path), "--max_steps", "9", "--output", "other", "--batch_tokens", "50")
-    assert dict(found.caches) == {"teacher": "./t", "reference": "s3://b/r"}
+    assert dict(found.caches) == {"teacher": ("./t",), "reference": ("s3://b/r",)}
     assert found.objective.values == {"weight": 0.3}
     assert (found.arguments.learning_rate, found.arguments.max_steps, found.batch_tokens) == (1e-3, 9, 50)
     assert str(found.output) == "other" and found.arguments.lr_scheduler_kwargs == {"a": 1}
     replaced = parse("--config", str(path), "--cache", "reference=./mine", "--cache", "teacher=./t2")
-    assert dict(replaced.caches) == {"reference": "./mine", "teacher": "./t2"}
+    assert dict(replaced.caches) == {"reference": ("./mine",), "teacher": ("./t2",)}
 
 
 @pytest.mark.parametrize(
@@ -116,8 +118,13 @@ def test_a_missing_argument_is_named(name):
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),
         (["--batch_tokens", "0"], "--batch_tokens must be at least 1, got 0"),
+        (
+            ["--local_cache_bytes", "5GB"],
+            "--local_cache_bytes bounds the folder of --local_cache; add --local_cache DIR",
+        ),
         (["--window_shards", "0"], "--window_shards must be at least 1, got 0"),
-        (["--eval_strategy", "steps"], "--eval_strategy steps does not work here: evaluate checkpoints with"),
+        (["--eval_strategy", "steps"], "to evaluate while training takes held-out data: add --eval_cache URL"),
+        (["--fsdp"], "--fsdp shards a model over processes: torchrun --nproc_per_node N -m logitcache_train"),
         (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1 does not work here: use --objective"),
         (["--auto_find_batch_size", "true"], "--auto_find_batch_size True does not work here"),
     ],
@@ -142,14 +149,148 @@ def test_what_is_refused_exists():
 
 
 def test_a_cache_without_a_role_has_the_one_that_the_objective_needs():
-    assert parse_caches(["./c"], objective("sft")) == {"teacher": "./c"}
-    assert parse_caches(["./c"], objective("asft")) == {"reference": "./c"}
-    assert parse_caches(["s3://b/c?x=1"], objective("kd")) == {"teacher": "s3://b/c?x=1"}
-    assert parse_caches(["reference=./r", "./t"], objective("kd")) == {"reference": "./r", "teacher": "./t"}
+    assert parse_caches(["./c"], objective("sft")) == {"teacher": ("./c",)}
+    assert parse_caches(["./c"], objective("asft")) == {"reference": ("./c",)}
+    assert parse_caches(["s3://b/c?x=1"], objective("kd")) == {"teacher": ("s3://b/c?x=1",)}
+    assert parse_caches(["reference=./r", "./t"], objective("kd")) == {"reference": ("./r",), "teacher": ("./t",)}
 
 
-def test_roles_must_be_known_and_distinct():
+def test_several_teachers_keep_their_order_and_other_roles_have_one_cache():
+    assert parse_caches(["teacher=./a", "./b"], objective("kd")) == {"teacher": ("./a", "./b")}
+    with pytest.raises(InputError, match=r"--eval_cache: two reference caches, ./a and ./b; only teachers are mixed"):
+        parse_caches(["reference=./a", "reference=./b"], objective("kd"), option="--eval_cache")
     with pytest.raises(InputError, match=r"unknown role 'techer'; choose from teacher, reference"):
         parse_caches(["techer=./c"], objective("kd"))
-    with pytest.raises(InputError, match=r"two teacher caches, ./a and ./b"):
-        parse_caches(["./a", "teacher=./b"], objective("kd"))
+
+
+TWO = (*NEEDED, "--cache", "teacher=./second", "--cache", "teacher=./third")
+
+
+def test_teachers_are_mixed_equally_unless_weights_are_given(tmp_path):
+    words = (*NEEDED, "--cache", "teacher=./second")
+    assert parse(*words).mixing == Mixing("arithmetic", ())
+    assert parse(*words, "--mix", "geometric", "--mix_weights", "3,1").mixing == Mixing("geometric", (0.75, 0.25))
+    path = tmp_path / "run.yaml"
+    path.write_text("cache: {teacher: [./a, ./b], reference: ./r}\nmix_weights: [0.5, 1.5]\nlora_targets: [q, v]\n")
+    found = parse("--student", "s", "--output", "o", "--objective", "kd", "--config", str(path), "--lora_rank", "2")
+    assert dict(found.caches) == {"teacher": ("./a", "./b"), "reference": ("./r",)}
+    assert found.mixing.weights == (0.25, 0.75) and found.lora == LoraSettings(2, targets=("q", "v"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mix_weights", "1,2"], "--mix_weights 1,2: 2 weights for 3 teachers; give one for each"),
+        (["--mix_weights", "1,-2"], "--mix_weights 1,-2: weights of teachers must be numbers >= 0"),
+        (["--mix_weights", "0,0"], "--mix_weights 0,0: weights of teachers must be numbers >= 0, at least one"),
+        (["--mix_weights", "nan,1"], "--mix_weights nan,1: weights of teachers must be numbers >= 0"),
+        (["--mix_weights", "half,half"], "--mix_weights half,half: could not convert"),
+        (
+            ["--objective", "iw_sft", "--mix", "geometric"],
+            "'iw_sft' reads the label's log-prob in the teacher's cache, which a geometric mean",
+        ),
+    ],
+)
+def test_mixtures_that_do_not_work_are_refused(words, message):
+    with pytest.raises(InputError) as e:
+        parse(*TWO, *words)
+    assert message in str(e.value)
+
+
+def test_mixing_one_teacher_is_refused():
+    with pytest.raises(InputError, match=r"--mix mixes several teachers, and there is 1; add --cache teacher=URL"):
+        parse(*NEEDED, "--mix", "geometric")
+
+
+def test_an_optional_role_is_needed_once_it_is_given():
+    words = ("--student", "s", "--output", "o", "--objective", "iw_sft", "--cache", "reference=./r")
+    for more, roles in (((), ("reference",)), (("--cache", "teacher=./t"), ("reference", "teacher"))):
+        found = parse(*words, *more).objective
+        assert (found.roles, found.optional_roles) == (roles, ())
+
+
+def test_held_out_caches_are_looked_at_after_each_epoch_unless_told_otherwise():
+    words = (*NEEDED, "--eval_cache", "teacher=./h")
+    assert parse(*words).arguments.eval_strategy == "epoch" and dict(parse(*words).eval_caches) == {"teacher": ("./h",)}
+    assert parse(*words, "--eval_strategy", "steps", "--eval_steps", "3").arguments.eval_steps == 3
+    with pytest.raises(InputError, match="--eval_cache is never looked at with --eval_strategy no"):
+        parse(*words, "--eval_strategy", "no")
+
+
+@pytest.mark.parametrize(("metric", "greater"), [("nll", False), ("eval_kl", False), ("loss", False)])
+def test_the_best_model_has_the_lowest_divergence_and_the_highest_agreement(metric, greater):
+    words = (*NEEDED, "--eval_cache", "./h", "--metric_for_best_model")
+    assert parse(*words, metric).arguments.greater_is_better is greater
+    assert parse(*words, metric, "--greater-is-better", "true").arguments.greater_is_better is True
+    assert parse(*words, "top_1_agreement").arguments.greater_is_better is True
+    with pytest.raises(
+        InputError, match=r"--metric_for_best_model bleu: .* choose from loss, nll, kl, top_1_agreement"
+    ):
+        parse(*words, "bleu")
+    with pytest.raises(
+        InputError, match=r"--metric_for_best_model kl: an evaluation of reference caches .* loss, nll$"
+    ):
+        parse(*NEEDED, "--eval_cache", "reference=./h", "--metric_for_best_model", "kl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora_alpha", "3"], "--lora_alpha needs --lora_rank"),
+        (["--lora_rank", "0"], "--lora_rank must be at least 1, got 0"),
+        (["--lora_rank", "2", "--lora_alpha", "0"], "--lora_alpha must be > 0, got 0"),
+        (["--lora_rank", "2", "--lora_dropout", "1"], "--lora_dropout must be in [0, 1), got 1"),
+        (["--lora_rank", "2", "--lora_targets", "q_proj,"], "--lora_targets: name all-linear or layers"),
+    ],
+)
+def test_adapters_that_do_not_work_are_refused(words, message):
+    with pytest.raises(InputError) as e:
+        parse(*NEEDED, *words)
+    assert message in str(e.value)
+
+
+def test_eta_beyond_its_range_must_be_asked_for():
+    with pytest.raises(InputError, match=r"eta .* must be a number in \[0, 1\], got 1.5.*--extrapolate"):
+        parse(*NEEDED, "--eta", "1.5")
+    assert parse(*NEEDED, "--eta", "1.5", "--extrapolate").objective.values == {"eta": 1.5}
+
+
+@pytest.mark.parametrize(("text", "count"), [("200GB", 2 * 10**11), ("1.5 tb", 15 * 10**11), ("64", 64), ("7k", 7000)])
+def test_sizes_are_bytes_in_powers_of_a_thousand(text, count):
+    assert parse(*NEEDED, "--local_cache", "d", "--local_cache_bytes", text).local_cache_bytes == count
+
+
+@pytest.mark.parametrize("text", ["many", "-1", "1.5.2GB", "GB"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ArgumentTypeError, match="expected bytes, as in 200GB"):
+        byte_count(text)
+
+
+ROW = """
+student: base
+cache: ./c
+output: out
+extrapolate: false
+objective:
+  name: floored
+  label: max(p_label, floor)
+  guided: 1 - max(p_label, floor)
+  role: teacher
+  parameters: {eta: 0.5, floor: {default: 0.05, low: 0, high: 1}}
+"""
+
+
+def test_a_row_of_ones_own_is_an_objective_with_parameters(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(ROW)
+    found = parse("--config", str(path), "--eta", "0.25", "--floor", "0.1", "--max_steps", "3")
+    assert (found.objective.name, found.objective.values) == ("floored", {"eta": 0.25, "floor": 0.1})
+    assert found.objective_row["label"] == "max(p_label, floor)" and found.arguments.max_steps == 3
+    assert parse("--config", str(path), "--objective", "sft").objective_row is None
+    with pytest.raises(InputError, match=r"floor of objective 'floored' must be a number in \[0, 1\], got 2"):
+        parse("--config", str(path), "--floor", "2")
+    with pytest.raises(InputError, match="unknown argument --ceiling"):
+        parse("--config", str(path), "--ceiling", "2")
+    path.write_text(ROW.replace("label:", "lable:"))
+    with pytest.raises(InputError, match="an objective has no key 'lable'"):
+        parse("--config", str(path))

@@ -9,20 +9,30 @@ from logitcache_train.objectives import OBJECTIVES, Objective, Parameter, object
 
 if TYPE_CHECKING:
     from logitcache_train.atoms import CachedTopK
+    from logitcache_train.custom import objective_from_mapping
     from logitcache_train.fused import fused_target_loss
     from logitcache_train.loss import target_loss
+    from logitcache_train.mixture import CachedMixture
 
 __all__ = [
     "OBJECTIVES",
+    "CachedMixture",
     "CachedTopK",
     "Objective",
     "Parameter",
     "fused_target_loss",
     "objective",
+    "objective_from_mapping",
     "target_loss",
 ]
 
-_LAZY = {"CachedTopK": "atoms", "fused_target_loss": "fused", "target_loss": "loss"}
+_LAZY = {
+    "CachedMixture": "mixture",
+    "CachedTopK": "atoms",
+    "fused_target_loss": "fused",
+    "objective_from_mapping": "custom",
+    "target_loss": "loss",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Problems with checkable answers: how a record becomes a prompt, and when a response counts as right.
+r"""Problems with checkable answers: how a record becomes a prompt, and when a response counts as right.
 
 The prompt is what `logitcache build` puts before a response: through the tokenizer's chat template where there is one,
-else the text and a newline. The answer of a text is what stands behind its last `####`; without one it is its last
-number, or, where the expected answer holds no number, as many last words as that has.
+else the text and a newline. A text marks its answer by `####` before it or `\boxed{}` around it; the last mark counts.
+Without one it is the text's last number, or, where the expected answer is no number, as many last words as that has.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import fsspec
@@ -22,16 +23,19 @@ PROMPT_FIELDS = ("prompt", "instruction", "question")
 ANSWER_FIELDS = ("answer", "completion", "response", "output")
 
 _MARK = "####"
-_NUMBER = re.compile(r"(?<!\d)-?(?:\d[\d,]*)?\.?\d+")
+_BRACE = re.compile(r"\\f?boxed\s*\{|(?<!\\)[{}]")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+_NUMBER = re.compile(r"(?<!\d)-?(?:\d[\d,]*)?\.?\d+(?:/\d+)?")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and the answer that is expected."""
+    """A prompt, and a text that holds the answer that is expected."""
 
     messages: tuple[Mapping[str, str], ...]
     """The conversation up to the answer; one turn of the user where the record has only a prompt."""
-    answer: str
+    reference: str
+    """The record's own answer: a demonstration, or the bare result."""
 
     @property
     def prompt(self) -> str:
@@ -45,7 +49,7 @@ def read_problems(
     """The problems of a JSON-lines file (or URL; .gz, .bz2 and .xz are read, too).
 
     A prompt is `messages` without the last turn, or the field `prompt`, `instruction` (with `input`) or `question`;
-    the expected answer is that of `answer`, `completion`, `response` or `output`, or of the last turn.
+    the reference is `answer`, `completion`, `response` or `output`, or the last turn.
 
     Args:
         path: the file.
@@ -72,32 +76,59 @@ def read_problems(
     return problems
 
 
-def find_answer(text: str) -> str:
-    """What a reference text says the answer is: behind its last `####`, its last number, or all of it."""
-    if _MARK in text:
-        return text.rsplit(_MARK, 1)[1].strip()
-    numbers = _NUMBER.findall(text)
-    return numbers[-1] if numbers else text.strip()
+def find_marked(text: str) -> str | None:
+    """What stands inside the last closed `\\boxed{}` or on the line behind the last `####`, whichever comes later."""
+    box = _last_box(text)
+    mark = text.rfind(_MARK)
+    if box is not None and box.start > mark:
+        return text[box].strip()
+    return text[mark + len(_MARK) :].strip().split("\n")[0].strip() if mark >= 0 else None
 
 
-def is_correct(response: str, answer: str) -> bool:
-    """Whether the response's answer is the expected one, as numbers where both are, else word by word."""
-    expected = _normalise(answer)
-    if _MARK in response:
-        found = response.rsplit(_MARK, 1)[1].strip().split("\n")[0]
-    elif isinstance(expected, Decimal):
+def find_answer(reference: str) -> str:
+    """What a reference says the answer is: what it marks, else its last number, or all of it."""
+    marked = find_marked(reference)
+    if marked is not None:
+        return marked
+    # The digits of a formula are no numbers of their own.
+    numbers = _NUMBER.findall(reference) if "\\" not in reference else []
+    return numbers[-1] if numbers else reference.strip()
+
+
+def is_exact(response: str, reference: str) -> bool:
+    """Whether the response's answer is the reference's, as numbers where both are, else word by word."""
+    expected = normalise(find_answer(reference))
+    found = find_marked(response)
+    if found is None and isinstance(expected, Fraction):
         numbers = _NUMBER.findall(response)
         found = numbers[-1] if numbers else ""
-    else:
-        found = " ".join(response.split()[-max(len(expected.split()), 1) :])
-    return _normalise(found) == expected
+    elif found is None:
+        found = " ".join(response.split()[-max(len(str(expected).split()), 1) :])
+    return normalise(found) == expected
 
 
-def _normalise(text: str) -> Decimal | str:
-    """A number as such, whatever its commas, currency and trailing zeros; other text with single spaces."""
-    plain = " ".join(text.split()).removesuffix(".").strip()
+def normalise(text: str) -> Fraction | str:
+    """A number or fraction as such, whatever its commas, currency and trailing zeros; other text with single spaces."""
+    plain = " ".join(_TEXT.sub(r"\1", text).replace("\\$", "$").replace("\\%", "%").split())
+    plain = plain.removesuffix(".").strip("$ ")
     digits = plain.lstrip("$€£").replace(",", "").removesuffix("%")
-    return Decimal(digits) if re.fullmatch(r"-?\d*\.?\d+", digits) else plain
+    if re.fullmatch(r"-?\d*\.?\d+|-?\d+/\d+", digits):
+        # A zero below the line, or more digits than Python converts.
+        with suppress(ZeroDivisionError, ValueError):
+            return Fraction(digits)
+    return plain
+
+
+def _last_box(text: str) -> slice | None:
+    """The inside of the `\\boxed{}` that is closed last, in one pass, whatever braces a response leaves open."""
+    opened: list[re.Match[str]] = []
+    found = None
+    for match in _BRACE.finditer(text):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened and len((start := opened.pop())[0]) > 1:
+            found = slice(start.end(), match.start())
+    return found
 
 
 def _parse(line: str, where: str, prompt_field: str | None, answer_field: str | None) -> Problem:
@@ -113,7 +144,7 @@ def _parse(line: str, where: str, prompt_field: str | None, answer_field: str | 
     if prompt_field is None and "instruction" in record and "prompt" not in record and record.get("input"):
         prompt = f"{prompt}\n{record['input']}"
     answer = _text(record, (answer_field,) if answer_field else ANSWER_FIELDS, where, "--answer-field")
-    return Problem(({"role": "user", "content": prompt},), find_answer(answer))
+    return Problem(({"role": "user", "content": prompt},), answer)
 
 
 def _from_messages(record: Mapping[str, Any], where: str) -> Problem:
@@ -126,7 +157,7 @@ def _from_messages(record: Mapping[str, Any], where: str) -> Problem:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise CorpusError(f"{where}: messages must end with a turn of the assistant that holds the expected answer")
     answer = record.get("answer", messages[-1]["content"])
-    return Problem(tuple(messages[:-1]), find_answer(str(answer)))
+    return Problem(tuple(messages[:-1]), str(answer))
 
 
 def _text(record: Mapping[str, Any], names: tuple[str, ...], where: str, option: str) -> str:

@@ -1,6 +1,7 @@
 """Which sample is trained on when and by whom: pure functions of (seed, epoch, sizes), the same on every rank.
 
     epoch_order      all samples of the cache, once each, shuffled within windows of shards
+    window_starts    where the windows of that order begin
     global_batches   cuts that order into optimizer steps of about equal tokens, equally many in every epoch
     micro_batches    cuts one step into world_size * accumulation parts of about equal padded tokens
 
@@ -47,6 +48,19 @@ def epoch_order(shard_of_sample: Integers, *, seed: int, epoch: int, window_shar
     place_of_shard = np.argsort(np.argsort(stream.random_raw(len(shards)), kind="stable"))
     window_S = place_of_shard[shard_S] // window_shards
     return np.lexsort((stream.random_raw(len(shard_S)), window_S)).astype(np.int64)
+
+
+def window_starts(shard_S: Integers, window_shards: int) -> Indices:
+    """Where each window of an epoch's order starts, ascending, and at last where the order ends.
+
+    Args:
+        shard_S: shard of each sample in the order of the epoch, [S].
+        window_shards: shards of a window, >= 1.
+    """
+    # Every sample of a window stands before the first of the next, so a window begins with a shard not seen before.
+    _, first_of_shard = np.unique(shard_S, return_index=True)
+    starts = np.sort(first_of_shard)[::window_shards]
+    return np.append(starts, len(shard_S)).astype(np.int64)
 
 
 def num_global_batches(total_tokens: int, longest: int, batch_tokens: int) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from logitcache_storage.topk import TopKLogProbs
-from logitcache_train.atoms import CachedTopK
+from logitcache_train.atoms import Cached, CachedTopK
+from logitcache_train.mixture import CachedMixture, Mean
 
 Layout = Literal["padded", "packed"]
 """How samples lie in the input.
@@ -36,17 +37,35 @@ class TrainingSample:
     """[L]"""
     target_positions: npt.NDArray[np.int32]
     """Where the target tokens stand, [M], ascending, each >= 1."""
-    topks: Mapping[str, TopKLogProbs] = field(default_factory=dict)
-    """Role to its M rows."""
+    topks: Mapping[str, tuple[TopKLogProbs, ...]] = field(default_factory=dict)
+    """Role to its M rows in each cache of that role."""
     columns: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """Name to per-target data, [M]."""
 
     def without_targets(self) -> TrainingSample:
         """The same tokens, M = 0."""
         none = np.zeros(0, dtype=np.int64)
-        topks = {role: topk[none] for role, topk in self.topks.items()}
+        topks = {role: tuple(topk[none] for topk in several) for role, several in self.topks.items()}
         columns = {name: column[none] for name, column in self.columns.items()}
         return TrainingSample(self.key, self.input_ids, self.target_positions[none], topks, columns)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How several caches of one role become one distribution."""
+
+    mean: Mean = "arithmetic"
+    weights: tuple[float, ...] = ()
+    """One for each cache, see `CachedMixture`; empty for equal ones."""
+
+    def of(self, topks: Sequence[TopKLogProbs]) -> Cached:
+        """The distribution at some positions from the rows of each cache."""
+        parts = tuple(map(CachedTopK.from_numpy, topks))
+        return parts[0] if len(parts) == 1 else CachedMixture(parts, self.weights or (1.0,) * len(parts), self.mean)
+
+
+EQUALLY = Mixing()
+"""The arithmetic mean of equal weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +76,7 @@ class Targets:
     """Index of the hidden state that predicts each target, in the flattened output of the backbone; int64."""
     labels_N: Tensor
     """The target tokens, int64."""
-    cached: Mapping[str, CachedTopK]
+    cached: Mapping[str, Cached]
     """Role to N rows."""
     columns: Mapping[str, Tensor]
     """Name to per-target data, [N]."""
@@ -82,14 +101,10 @@ class Targets:
         return self._mapped(lambda tensor: tensor.pin_memory())
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> Targets:
-        def moved(topk: CachedTopK) -> CachedTopK:
-            tensors = (topk.ids, topk.log_probs, topk.num_kept, topk.log_tail, topk.label_log_prob)
-            return CachedTopK(*map(move, tensors))
-
         return Targets(
             move(self.rows_N),
             move(self.labels_N),
-            {role: moved(topk) for role, topk in self.cached.items()},
+            {role: topk.map(move) for role, topk in self.cached.items()},
             {name: move(column) for name, column in self.columns.items()},
             self.num_items,
             self.keys,
@@ -97,13 +112,16 @@ class Targets:
         )
 
 
-def collate(samples: Sequence[TrainingSample], *, num_items: int, layout: Layout) -> dict[str, Any]:
+def collate(
+    samples: Sequence[TrainingSample], *, num_items: int, layout: Layout, mixing: Mixing = EQUALLY
+) -> dict[str, Any]:
     """The inputs of one forward pass.
 
     Args:
         samples: at least one; all with the same roles and columns.
         num_items: see `Targets`.
         layout: see `Layout`.
+        mixing: of roles with several caches.
 
     Returns:
         `input_ids` [B, L], or `input_ids` and `position_ids` [1, T], int64; and `targets`.
@@ -111,12 +129,12 @@ def collate(samples: Sequence[TrainingSample], *, num_items: int, layout: Layout
     inputs, starts = (_pack if layout == "packed" else _pad)([sample.input_ids for sample in samples])
     rows = [start + sample.target_positions - 1 for start, sample in zip(starts, samples, strict=True)]
     labels = [sample.input_ids[sample.target_positions] for sample in samples]
-    topks = {role: TopKLogProbs.concatenate([s.topks[role] for s in samples]) for role in samples[0].topks}
+    topks = {role: zip(*(sample.topks[role] for sample in samples), strict=True) for role in samples[0].topks}
     columns = {name: np.concatenate([s.columns[name] for s in samples]) for name in samples[0].columns}
     targets = Targets(
         rows_N=_int64(np.concatenate(rows)),
         labels_N=_int64(np.concatenate(labels)),
-        cached={role: CachedTopK.from_numpy(topk) for role, topk in topks.items()},
+        cached={role: mixing.of([*map(TopKLogProbs.concatenate, parts)]) for role, parts in topks.items()},
         columns={name: torch.from_numpy(column) for name, column in columns.items()},
         num_items=num_items,
         keys=tuple(sample.key for sample in samples),

@@ -29,7 +29,7 @@ def column_readers(objective: Objective, cache: Cache) -> dict[str, ColumnReader
     for name in (*objective.columns, *objective.optional_columns):
         if name == SEQUENCE_COLUMN:
             readers[name] = lambda _, positions, __, place: np.full(len(positions), place)
-        elif name in cache.samples.column_names:
+        elif name in cache.column_names:
             readers[name] = _corpus_column(name, cache)
         elif name in objective.columns:
             raise InputError(
@@ -40,10 +40,8 @@ def column_readers(objective: Objective, cache: Cache) -> dict[str, ColumnReader
 
 
 def _corpus_column(name: str, cache: Cache) -> ColumnReader:
-    column, keys = cache.samples.column(name), cache.samples.column("key")
-
     def read(index: int, positions: npt.NDArray[np.int32], num_tokens: int, _: int) -> npt.NDArray[Any]:
-        value = column[index].as_py()
+        value = cache.describe([index])[0][name]
         data = np.asarray(value, dtype=np.float32) if _is_numeric(value) else None
         if data is not None and data.ndim == 0:
             return np.full(len(positions), data)
@@ -52,7 +50,7 @@ def _corpus_column(name: str, cache: Cache) -> ColumnReader:
         if data is not None and data.shape == (len(positions),):
             return data
         raise InputError(
-            f"column {name!r} of sample {keys[index].as_py().hex()}: expected a number, or a list of numbers, one for"
+            f"column {name!r} of sample {cache.key(index)}: expected a number, or a list of numbers, one for"
             f" each of its {num_tokens} tokens or {len(positions)} targets; found {str(value)[:60]!r}"
         )
 

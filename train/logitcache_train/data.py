@@ -6,8 +6,10 @@ process, cuts the part out and reads it. So skipping steps costs nothing, and no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +21,12 @@ from logitcache_storage.cache import Cache
 from logitcache_storage.errors import InputError, MismatchError
 from logitcache_storage.fingerprints import fingerprint
 from logitcache_storage.schema import to_json
-from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches
+from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches, window_starts
 from logitcache_train.collate import TrainingSample
 from logitcache_train.columns import column_readers
+from logitcache_train.joining import Missing, join_by_key
 from logitcache_train.objectives import Objective
-from logitcache_train.reading import RowReader
+from logitcache_train.reading import Needs, ReadAhead, RowReader, Source, TokenSource, check_room
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +37,8 @@ class Part:
     """Samples of the whole global batch."""
     index: int
     num_parts: int
+    coming: tuple[Needs, ...] = ()
+    """What the shuffle windows of the batch and the one behind them are read from, where that is read ahead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +51,30 @@ class MicroBatch:
 
 
 class CachedSamples(Dataset[Any]):
-    """The samples of a cache, with the rows and columns that an objective needs.
+    """The samples of one or several caches, with the rows and columns that an objective needs.
 
-    With several caches the first one says which samples there are; the others are joined to it by sample key.
+    The first cache says which samples there are, and in which shards; the others are joined to it by sample key.
     """
 
-    def __init__(self, caches: Mapping[str, Cache], objective: Objective, *, window_shards: int) -> None:
+    def __init__(
+        self,
+        caches: Mapping[str, Sequence[Cache]],
+        objective: Objective,
+        *,
+        window_shards: int,
+        missing: Missing = "error",
+        also: Sequence[str] = (),
+        option: str = "--cache",
+    ) -> None:
         """Look the samples up; nothing of a shard is read yet.
 
         Args:
-            caches: role to cache, at least one; the first one is the order's.
+            caches: role to its caches, at least one of each; the first one is the order's.
             objective: says which roles and columns are read.
-            window_shards: shards of a shuffle window: for each role, so many decoded shards stay in memory.
+            window_shards: shards of a shuffle window: for each cache, so many decoded shards stay in memory.
+            missing: what to do with samples that one of the caches lacks.
+            also: roles that are read besides those of the objective, where they are given.
+            option: what a user adds a cache with, for messages.
 
         Raises:
             InputError: there are no samples, or a cache or a column that the objective needs is not there.
@@ -67,21 +84,32 @@ class CachedSamples(Dataset[Any]):
             if role not in caches:
                 raise InputError(
                     f"objective {objective.name!r} needs a {role} cache, given: {', '.join(caches)};"
-                    f" add --cache {role}=URL"
+                    f" add {option} {role}=URL"
                 )
-        self.primary = next(iter(caches.values()))
-        table = self.primary.samples
-        if not table.num_rows:
+        self.primary = next(iter(caches.values()))[0]
+        index = self.primary.index
+        if not len(index):
             raise InputError(
                 f"{self.primary.store.url} has no sample yet; 'logitcache status' says how far its build is"
             )
-        self.num_tokens = table.column("num_tokens").to_numpy().astype(np.int64)
-        self.num_targets = table.column("num_targets").to_numpy().astype(np.int64)
-        self.shard = table.column("shard").to_numpy()
-        wanted = (*objective.roles, *(role for role in objective.optional_roles if role in caches))
-        self._rows = {role: RowReader(caches[role], self.primary, role, window_shards) for role in wanted}
+        roles = dict.fromkeys((*objective.roles, *objective.optional_roles, *also))
+        read = {role: caches[role] for role in roles if role in caches}
+        joined = join_by_key(self.primary, read, missing=missing)
+        self.roles = tuple(read)
+        """The roles that are read."""
+        self.lacking = joined.lacking
+        """URL of each cache that lacks samples of the first one, and how many; they are left out."""
+        self._identities = [cache.identity for cache in (self.primary, *(c for each in read.values() for c in each))]
+        self._kept = joined.kept
+        self.num_tokens, self.num_targets, self.shard = (
+            column[self._kept].astype(np.int64) for column in (index.num_tokens, index.num_targets, index.shard)
+        )
+        self._rows = {
+            role: tuple(RowReader(c, at, window_shards) for c, at in zip(read[role], joined.places[role], strict=True))
+            for role in read
+        }
+        self._ahead = self._read_ahead(window_shards)
         self._columns = column_readers(objective, self.primary)
-        self._keys = table.column("key")
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -92,6 +120,8 @@ class CachedSamples(Dataset[Any]):
 
     def __getitems__(self, part: Part) -> MicroBatch:
         """The samples of a part; of an empty part its batch's shortest sample, without targets."""
+        if self._ahead is not None:
+            self._ahead.follow(part.coming)
         samples = micro_batches(part.batch, self.num_tokens[part.batch], part.num_parts)[part.index]
         num_items = int(self.num_targets[part.batch].sum())
         if len(samples):
@@ -100,10 +130,15 @@ class CachedSamples(Dataset[Any]):
         shortest = int(part.batch[np.argmin(self.num_tokens[part.batch])])
         return MicroBatch([self._sample(shortest, 0).without_targets()], num_items)
 
+    def needs(self, samples: npt.NDArray[np.int64]) -> Needs | None:
+        """What these samples are read from; None where nothing is read ahead."""
+        return None if self._ahead is None else self._ahead.needs(samples)
+
     def order_fingerprint(self) -> str:
-        """Of what decides which samples there are: equal fingerprints and settings give equal batches."""
-        # A plan is a pure function of what the identity says.
-        return fingerprint([to_json(self.primary.identity), sorted(self.primary.shards)])
+        """Of the samples, their shards and what is read of them: where equal, equal settings give equal batches."""
+        digest = hashlib.sha256(self.shard.tobytes())
+        digest.update(self.primary.keys()[self._kept].tobytes())
+        return fingerprint([digest.hexdigest(), *(to_json(identity) for identity in self._identities)])
 
     def check_token_ids(self, limit: int, *, student: str) -> None:
         """Refuse a student that has no token of some id in the samples; reads all token ids.
@@ -112,7 +147,7 @@ class CachedSamples(Dataset[Any]):
             MismatchError: an id at or above `limit`.
         """
         for i in range(len(self)):
-            input_ids = self.primary.read_tokens([i])[0][0]
+            input_ids = self.primary.read_tokens([int(self._kept[i])])[0][0]
             if int(input_ids.max()) >= limit:
                 raise MismatchError(
                     f"sample {self._key(i)} has the token id {int(input_ids.max())}, and {student} has {limit} tokens;"
@@ -125,18 +160,29 @@ class CachedSamples(Dataset[Any]):
         Shards that are in memory come first: where a window begins, a batch has samples of two windows.
         """
         places = range(len(samples))
-        readers = list(self._rows.values())
+        readers = [reader for several in self._rows.values() for reader in several]
         by_shard = sorted(places, key=lambda place: [reader.reading_order(int(samples[place])) for reader in readers])
         found = {place: self._sample(int(samples[place]), place) for place in by_shard}
         return [found[place] for place in places]
 
+    def _read_ahead(self, window_shards: int) -> ReadAhead | None:
+        """Reads ahead what goes through a disk cache; None where nothing does."""
+        readers = [reader for several in self._rows.values() for reader in several]
+        caches = {id(cache): cache for cache in (self.primary, *(reader.cache for reader in readers))}
+        check_room(caches.values(), window_shards)
+        sources: list[Source] = [reader for reader in readers if reader.cache.disk_cache is not None]
+        if self.primary.disk_cache is not None:
+            sources.insert(0, TokenSource(self.primary, self._kept))
+        return ReadAhead(sources) if sources else None
+
     def _key(self, index: int) -> str:
-        return str(self._keys[index].as_py().hex())
+        return self.primary.key(int(self._kept[index]))
 
     def _sample(self, index: int, place: int) -> TrainingSample:
-        input_ids, positions = self.primary.read_tokens([index])[0]
-        columns = {name: read(index, positions, len(input_ids), place) for name, read in self._columns.items()}
-        topks = {role: reader.rows(index) for role, reader in self._rows.items()}
+        row = int(self._kept[index])
+        input_ids, positions = self.primary.read_tokens([row])[0]
+        columns = {name: read(row, positions, len(input_ids), place) for name, read in self._columns.items()}
+        topks = {role: tuple(reader.rows(index) for reader in several) for role, several in self._rows.items()}
         return TrainingSample(self._key(index), input_ids, positions, topks, columns)
 
 
@@ -172,10 +218,28 @@ class GlobalBatchSampler(Sampler[Any]):
     def __iter__(self) -> Iterator[Part]:
         order = epoch_order(self._samples.shard, seed=self._seed, epoch=self._epoch, window_shards=self._window_shards)
         starts = global_batches(self._samples.num_tokens[order], self._batch_tokens)
+        coming = self._coming(order)
         for start, stop in pairwise(starts):
+            windows = coming(start, stop)
             for step in range(self._accumulation):
                 part = step * self._world_size + self._rank
-                yield Part(order[start:stop], part, self._world_size * self._accumulation)
+                yield Part(order[start:stop], part, self._world_size * self._accumulation, windows)
+
+    def _coming(self, order: npt.NDArray[np.int64]) -> Callable[[int, int], tuple[Needs, ...]]:
+        """What is read ahead at a batch [start, stop) of the order."""
+        if self._samples.needs(order[:0]) is None:
+            return lambda *_: ()
+        starts = window_starts(self._samples.shard[order], self._window_shards)
+
+        @lru_cache(maxsize=8)
+        def needs(window: int) -> Needs:
+            return self._samples.needs(order[starts[window] : starts[window + 1]]) or ()
+
+        def coming(start: int, stop: int) -> tuple[Needs, ...]:
+            first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
+            return tuple(needs(window) for window in range(first, min(last + 2, len(starts) - 1)))
+
+        return coming
 
 
 class EpochLoader(DataLoader[Any]):

@@ -1,6 +1,6 @@
 """The fused loss: from hidden states and the head's weight, by chunks of positions, with no [N, V] tensor.
 
-For a chunk of positions the logits are made, reduced to a few numbers per row, and overwritten by the
+For a chunk of positions the products h W^T are made, reduced to a few numbers per row, and overwritten by the
 gradient
 
     g_a = T exp(z_a - lse_tail) - dense_a       a outside S,  T = C rho - t_tail
@@ -12,13 +12,19 @@ log-sum-exp, so that a tail which underflows against the rest still gets its exa
 dW += g^T h.
 All of it happens in the forward pass; the backward pass only scales.
 
+What runs over the vocabulary is in `kernels`, a pass that reduces the tail and one that writes its gradient; what is
+between them, on S and per row, is here and in `atoms`.
+
 Shapes: N target positions, n of a chunk, S slots of the support, V vocabulary that carries mass, D hidden.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,12 +33,14 @@ from torch import Tensor
 from logitcache_storage.errors import InputError
 from logitcache_train.atoms import Support, build_support, coarse_student, coarse_target, cross_entropy
 from logitcache_train.head import Head, HeadGradients, Precomputed
+from logitcache_train.kernels.tail import DenseAtoms, TailFactors, TailPasses, TailSums, choose_passes
 from logitcache_train.loss import reduction_dtype
 from logitcache_train.objectives import Objective
 from logitcache_train.positions import Inputs, Positions, check_finite, check_inputs, row_metrics, total
 
-CHUNK_BYTES = 1 << 27
-"""Bytes of a chunk's buffers where `chunk_size` is not given: larger ones gain no speed on a CPU."""
+CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
+"""Bytes of a chunk with its work space, by device type, where `chunk_size` is not given. On a GPU the larger chunk
+pays, because dW is read and written once per chunk."""
 
 
 def fused_target_loss(
@@ -128,97 +136,128 @@ def _sweep(
     hidden_ND: Tensor, head: Head, inputs: Inputs, chunk_size: int | None, gradients: HeadGradients
 ) -> dict[str, Tensor]:
     """Visit the positions chunk by chunk and add up their gradients; returns the metrics of each, [N]."""
-    num_rows, num_tokens = len(inputs), len(head.weight_VD)
-    sharpened, slope = inputs.obj.has("sharpened"), head.softcap is not None and gradients.wanted
-    if chunk_size is None:
-        chunk_size = default_chunk_size(num_tokens * (1 + sharpened + slope))
-    size = min(chunk_size, max(num_rows, 1))
-    buffers = _Buffers.allocate(size, num_tokens, head.weight_VD, sharpened=sharpened, slope=slope)
-    chunks = [slice(i, min(i + size, num_rows)) for i in range(0, max(num_rows, 1), size)]
+    obj = inputs.obj
+    atoms = DenseAtoms(obj.has("uniform"), obj.values["beta"] if obj.has("sharpened") else None)
+    passes = choose_passes(head, atoms, max_rows=min(chunk_size or len(inputs), len(inputs)))
+    chunk_size = chunk_size or default_chunk_size(head.weight_VD, passes.work_bytes)
+    chunks = split_rows(len(inputs), chunk_size, inputs.columns[obj.pool_by] if inputs.needs_all_rows else None)
+    num_rows = max(rows.stop - rows.start for rows, _ in chunks)
+    buffer_nV = head.weight_VD.new_empty(num_rows, len(head.weight_VD))
 
     def reduce(rows: slice) -> tuple[Tensor, _Reduced]:
-        hidden_nD = hidden_ND[rows].to(head.weight_VD.dtype)
-        chunk = buffers.first(len(hidden_nD))
-        head.write_logits(hidden_nD, chunk.z_nV, chunk.slope_nV)
-        return hidden_nD, _reduce(chunk, inputs[rows])
+        hidden_nD = hidden_ND[rows].to(buffer_nV.dtype)
+        products_nV = torch.mm(hidden_nD, head.weight_VD.T, out=buffer_nV[: len(hidden_nD)])
+        return hidden_nD, _reduce(products_nV, inputs[rows], head, passes)
 
-    pooled_N = None
-    if inputs.needs_all_rows:
-        pooled_N = inputs.pool(torch.cat([reduce(rows)[1].at.statistic() for rows in chunks]))
+    pooled_N = torch.zeros(len(inputs), dtype=reduction_dtype(buffer_nV.dtype), device=buffer_nV.device)
+    if split := [rows for rows, is_split in chunks if is_split]:
+        for rows in split:
+            pooled_N[rows] = reduce(rows)[1].at.statistic()
+        pooled_N = inputs.pool(pooled_N)
     parts = []
-    for rows in chunks:
+    for rows, is_split in chunks:
         hidden_nD, reduced = reduce(rows)
-        terms = _weigh(reduced, None if pooled_N is None else pooled_N[rows])
+        terms = _weigh(reduced, pooled_N[rows] if is_split else None)
         parts.append(terms.metrics)
         if gradients.wanted:
-            _overwrite_with_gradient(reduced, terms, head.scale)
-            gradients.add(rows, reduced.buffers.z_nV, hidden_nD, head)
+            _overwrite_with_gradient(reduced, terms, head, passes)
+            gradients.add(rows, reduced.chunk_nV, hidden_nD, head)
     metrics = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     check_finite(metrics["loss"], metrics.pop("lse"))
     return metrics
 
 
-@dataclass(frozen=True, eq=False)
-class _Buffers:
-    """The only tensors of size [n, V], used again for every chunk."""
+def split_rows(num_rows: int, size: int, group_N: Tensor | None) -> list[tuple[slice, bool]]:
+    """Chunks of at most `size` consecutive rows, and whether a chunk holds but a part of some group.
 
-    z_nV: Tensor
-    sharpened_nV: Tensor | None
-    slope_nV: Tensor | None
-
-    @classmethod
-    def allocate(cls, num_rows: int, num_tokens: int, like: Tensor, *, sharpened: bool, slope: bool) -> _Buffers:
-        def empty() -> Tensor:
-            return like.new_empty(num_rows, num_tokens, dtype=reduction_dtype(like.dtype))
-
-        return cls(empty(), empty() if sharpened else None, empty() if slope else None)
-
-    def first(self, n: int) -> _Buffers:
-        """The first n rows of each."""
-        sharpened_nV, slope_nV = (None if t is None else t[:n] for t in (self.sharpened_nV, self.slope_nV))
-        return _Buffers(self.z_nV[:n], sharpened_nV, slope_nV)
+    A group of adjacent rows with equal `group_N` is not cut if it fits into a chunk.
+    """
+    groups = [] if group_N is None else group_N.tolist()
+    starts = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), num_rows]
+    chunks: list[slice] = []
+    while not chunks or chunks[-1].stop < num_rows:
+        start = chunks[-1].stop if chunks else 0
+        stop = min(start + size, num_rows)
+        if group_N is not None and stop < num_rows:
+            nearest = bisect_right(starts, stop) - 1
+            if starts[nearest] > start and starts[nearest + 1] - starts[nearest] <= size:
+                stop = starts[nearest]
+        chunks.append(slice(start, stop))
+    members = [set(groups[rows]) for rows in chunks]
+    num_chunks = Counter(chain.from_iterable(members))
+    return [(rows, any(num_chunks[g] > 1 for g in found)) for rows, found in zip(chunks, members, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Reduced:
-    """A chunk whose logits were reduced: `buffers.z_nV` now holds exp(z - tail_max) outside S, and 0 on S."""
+    """A chunk and what its rows were reduced to."""
 
-    buffers: _Buffers
+    chunk_nV: Tensor
+    """Products outside S; what is on S may be overwritten."""
     support: Support
     at: Positions
-    tail_sum_n: Tensor
-    dense: dict[str, tuple[Tensor, Tensor]]
-    """Of `uniform` and `sharpened`, where used: sum_a atom_a z_a, [n], and the atom on S, [n, S]."""
+    tail: TailSums
+    slope_nS: Tensor | None
+    """The derivative of the soft cap on S."""
+    dense: dict[str, _DenseAtom]
 
 
-def _reduce(buffers: _Buffers, inputs: Inputs) -> _Reduced:
-    z_nV, sharpened_nV, obj = buffers.z_nV, buffers.sharpened_nV, inputs.obj
-    support = build_support(inputs.labels_N, inputs.topk, inputs.vocab_size, z_nV.dtype)
-    dense = {}
-    if obj.has("uniform") or sharpened_nV is not None:
-        z_nV.sub_(z_nV.amax(-1, keepdim=True))
-    if obj.has("uniform"):
-        dense["uniform"] = z_nV.mean(-1), support.is_outcome_NS.to(z_nV.dtype) / z_nV.shape[1]
-    if sharpened_nV is not None:
-        torch.div(z_nV, obj.values["beta"], out=sharpened_nV).exp_()
-        sharpened_nV.div_(sharpened_nV.sum(-1, keepdim=True))
-        mean_z_n = torch.bmm(sharpened_nV[:, None, :], z_nV[:, :, None])[:, 0, 0]
-        dense["sharpened"] = mean_z_n, sharpened_nV.gather(1, support.ids_NS) * support.is_outcome_NS
+@dataclass(frozen=True, eq=False)
+class _DenseAtom:
+    """`uniform` or `sharpened`, over the whole vocabulary."""
 
-    z_nS = z_nV.gather(1, support.ids_NS)
-    z_nV.scatter_(1, support.ids_NS, -torch.inf)
-    tail_max_n = z_nV.amax(-1)
-    z_nV.sub_(tail_max_n.masked_fill(~support.has_tail_N, 0)[:, None]).exp_()
-    tail_sum_n = z_nV.sum(-1)
-    student = coarse_student(z_nS, tail_max_n, tail_sum_n.log(), support)
+    mean_z_n: Tensor
+    """sum_a atom_a z_a, with z relative to the row's largest logit."""
+    atom_nS: Tensor
+    """The atom on S."""
+    tail_factor_n: Tensor
+    """What 1 (for `uniform`) or exp((z_a - tail_max) / beta) (for `sharpened`) is multiplied with outside S."""
+
+
+def _reduce(chunk_nV: Tensor, inputs: Inputs, head: Head, passes: TailPasses) -> _Reduced:
+    wide = reduction_dtype(chunk_nV.dtype)
+    support = build_support(inputs.labels_N, inputs.topk, inputs.vocab_size, wide)
+    z_nS = head.finish_logits(chunk_nV.gather(1, support.ids_NS).to(wide), support.ids_NS)
+    slope_nS = None if head.softcap is None else head.slope(z_nS)
+    tail = passes.reduce(chunk_nV, support)
+    z_nS = z_nS.masked_fill(~support.is_outcome_NS, -torch.inf)
+    # Relative to the row's largest logit, because the differences taken below cancel at logits of 1e4.
+    max_n = torch.maximum(z_nS.amax(-1), tail.max_n)
+    z_nS, tail_max_n = z_nS - max_n[:, None], tail.max_n - max_n
+    student = coarse_student(z_nS, tail_max_n, tail.exp_n.log(), support)
 
     def top_logits(k: int) -> Tensor:
-        k = min(k, z_nV.shape[1])
-        outside_nk = z_nV.topk(k).values.log() + tail_max_n[:, None]
-        on_support_nS = z_nS.masked_fill(~support.is_outcome_NS, -torch.inf)
-        return torch.cat([on_support_nS, outside_nk], dim=-1).topk(k).values
+        outside_nk = passes.largest(chunk_nV, support, k) - max_n[:, None]
+        return torch.cat([z_nS, outside_nk], dim=-1).topk(min(k, inputs.vocab_size)).values
 
-    return _Reduced(buffers, support, Positions(inputs, student, top_logits), tail_sum_n, dense)
+    dense = {}
+    if tail.z_n is not None:
+        dense["uniform"] = _uniform(z_nS, tail_max_n, tail.z_n, support, inputs.vocab_size)
+    if tail.sharp_n is not None and tail.sharp_z_n is not None:
+        beta = inputs.obj.values["beta"]
+        dense["sharpened"] = _sharpened(z_nS, tail_max_n, tail.sharp_n, tail.sharp_z_n, support, beta)
+    return _Reduced(chunk_nV, support, Positions(inputs, student, top_logits), tail, slope_nS, dense)
+
+
+def _uniform(z_nS: Tensor, tail_max_n: Tensor, tail_z_n: Tensor, support: Support, vocab_size: int) -> _DenseAtom:
+    num_tail_n = vocab_size - support.is_outcome_NS.sum(-1)
+    tail_n = tail_z_n + num_tail_n * tail_max_n.masked_fill(~support.has_tail_N, 0)
+    sum_n = z_nS.masked_fill(~support.is_outcome_NS, 0).sum(-1) + tail_n
+    share_n = torch.full_like(sum_n, 1 / vocab_size)
+    return _DenseAtom(sum_n / vocab_size, support.is_outcome_NS * share_n[:, None], share_n)
+
+
+def _sharpened(
+    z_nS: Tensor, tail_max_n: Tensor, sharp_n: Tensor, sharp_z_n: Tensor, support: Support, beta: float
+) -> _DenseAtom:
+    log_tail_n = sharp_n.log() + tail_max_n / beta
+    log_total_n = torch.logaddexp((z_nS / beta).logsumexp(-1), log_tail_n)
+    atom_nS, tail_n = (z_nS / beta - log_total_n[:, None]).exp(), (log_tail_n - log_total_n).exp()
+    # The sum over a tail is at least 1: clamped is only that over none.
+    factor_n = tail_n / sharp_n.clamp(min=1)
+    tail_mean_n = factor_n * sharp_z_n + tail_n * tail_max_n.masked_fill(~support.has_tail_N, 0)
+    on_support_n = (atom_nS * z_nS.masked_fill(~support.is_outcome_NS, 0)).sum(-1)
+    return _DenseAtom(on_support_n + tail_mean_n, atom_nS, factor_n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,37 +279,35 @@ def _weigh(reduced: _Reduced, pooled_n: Tensor | None) -> _Terms:
     loss_n = cross_entropy(pull_nS, pull_tail_n, student)
     total_n = total(coefficients, loss_n)
     tail_n = total_n * student.log_rho_N.exp() - pull_tail_n
-    for atom, (mean_z_n, atom_nS) in reduced.dense.items():
-        c_n = coefficients[atom]
-        loss_n = loss_n + c_n * (student.lse_N - mean_z_n)
-        pull_nS = pull_nS + c_n[:, None] * atom_nS
-        pull_tail_n = pull_tail_n + c_n * (1 - atom_nS.sum(-1))
+    for name, atom in reduced.dense.items():
+        c_n = coefficients[name]
+        loss_n = loss_n + c_n * (student.lse_N - atom.mean_z_n)
+        pull_nS = pull_nS + c_n[:, None] * atom.atom_nS
+        pull_tail_n = pull_tail_n + c_n * (1 - atom.atom_nS.sum(-1))
     g_nS = total_n[:, None] * student.log_p_NS.exp() - pull_nS
     metrics = row_metrics(loss_n, coefficients, student, support, pull_nS, pull_tail_n)
     return _Terms(coefficients, g_nS, tail_n, {**metrics, "lse": student.lse_N})
 
 
-def _overwrite_with_gradient(reduced: _Reduced, terms: _Terms, scale: float) -> None:
-    """Turn exp(z - tail_max) in `buffers.z_nV` into the gradient at h W^T + b."""
-    buffers, support = reduced.buffers, reduced.support
-    tail_n = (terms.tail_n / reduced.tail_sum_n).masked_fill(~support.has_tail_N, 0)
-    g_nV = buffers.z_nV.mul_(tail_n[:, None])
-    if "uniform" in terms.coefficients:
-        g_nV.sub_(terms.coefficients["uniform"][:, None] / g_nV.shape[1])
-    if buffers.sharpened_nV is not None:
-        g_nV.addcmul_(buffers.sharpened_nV, -terms.coefficients["sharpened"][:, None])
+def _overwrite_with_gradient(reduced: _Reduced, terms: _Terms, head: Head, passes: TailPasses) -> None:
+    """Turn the chunk into the gradient at h W^T + b."""
+    support, g_nS = reduced.support, terms.g_nS
+    dense = {name: terms.coefficients[name] * atom.tail_factor_n for name, atom in reduced.dense.items()}
+    factors = TailFactors(terms.tail_n / reduced.tail.exp_n.clamp(min=1), dense.get("uniform"), dense.get("sharpened"))
+    passes.write_gradient(reduced.chunk_nV, support, reduced.tail, factors)
+    if reduced.slope_nS is not None:
+        g_nS = g_nS * reduced.slope_nS
     # Slots that are no outcome repeat the label's id, so they must write the label's value.
-    label_n1 = terms.g_nS.masked_fill(~support.is_label_NS, 0).sum(-1, keepdim=True)
-    g_nV.scatter_(1, support.ids_NS, torch.where(support.is_outcome_NS, terms.g_nS, label_n1))
-    if buffers.slope_nV is not None:
-        g_nV.mul_(buffers.slope_nV)
-    if scale != 1:
-        g_nV.mul_(scale)
+    label_n1 = g_nS.masked_fill(~support.is_label_NS, 0).sum(-1, keepdim=True)
+    g_nS = head.scale * torch.where(support.is_outcome_NS, g_nS, label_n1)
+    reduced.chunk_nV.scatter_(1, support.ids_NS, g_nS.to(reduced.chunk_nV.dtype))
 
 
-def default_chunk_size(num_logits: int) -> int:
-    """Positions per chunk, so that `num_logits` float32 values of each fit `CHUNK_BYTES`."""
-    rows = CHUNK_BYTES // (4 * num_logits)
+def default_chunk_size(weight_VD: Tensor, work_bytes: int) -> int:
+    """Positions per chunk, so that their logits in the dtype of `weight_VD` and the work space fit `CHUNK_BYTES`."""
+    limit = CHUNK_BYTES.get(weight_VD.device.type, CHUNK_BYTES["cuda"])
+    # A sixteenth is left to what matrix products pack into buffers of their own.
+    rows = (limit - limit // 16 - work_bytes) // (weight_VD.dtype.itemsize * len(weight_VD))
     return max(rows // 16 * 16, 1)
 
 

@@ -26,21 +26,21 @@ class Head:
     scale: float
     softcap: float | None
 
-    def write_logits(self, hidden_nD: Tensor, z_nV: Tensor, slope_nV: Tensor | None) -> None:
-        """Write the logits to `z_nV`, and to `slope_nV` the derivative of the cap."""
-        if z_nV.dtype == self.weight_VD.dtype:
-            torch.mm(hidden_nD, self.weight_VD.T, out=z_nV)
-        else:
-            z_nV.copy_(hidden_nD @ self.weight_VD.T)
+    def finish_logits(self, products_nV: Tensor, ids_nS: Tensor | None = None) -> Tensor:
+        """Make logits of products h W^T, in place; of the products at `ids_nS` only, [n, S], where these are given."""
+        z = products_nV
         if self.bias_V is not None:
-            z_nV.add_(self.bias_V)
+            z.add_(self.bias_V if ids_nS is None else self.bias_V[ids_nS])
         if self.scale != 1:
-            z_nV.mul_(self.scale)
+            z.mul_(self.scale)
         if self.softcap is not None:
-            z_nV.div_(self.softcap).tanh_()
-            if slope_nV is not None:
-                torch.mul(z_nV, z_nV, out=slope_nV).neg_().add_(1)
-            z_nV.mul_(self.softcap)
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def slope(self, z_nV: Tensor, out: Tensor | None = None) -> Tensor:
+        """The derivative of the cap where it gave the logits `z_nV`: 1 - tanh^2."""
+        assert self.softcap is not None
+        return torch.div(z_nV, self.softcap, out=out).square_().neg_().add_(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,19 +73,18 @@ class HeadGradients:
 
     def add(self, rows: slice, g_nV: Tensor, hidden_nD: Tensor, head: Head) -> None:
         """Add a chunk's share, dh = g W, dW += g^T h and db += sum g, from the gradient at h W^T + b."""
-        num_tokens, dtype = len(head.weight_VD), head.weight_VD.dtype
-        narrow_nV = g_nV.to(dtype)
+        num_tokens = len(head.weight_VD)
         if self.bias_V is not None:
-            self.bias_V[:num_tokens] += g_nV.sum(0)
+            self.bias_V[:num_tokens] += g_nV.sum(0, dtype=self.bias_V.dtype)
         if self.hidden_ND is not None:
-            self.hidden_ND[rows] = narrow_nV @ head.weight_VD
+            self.hidden_ND[rows] = g_nV @ head.weight_VD
         if self.weight_VD is None:
             return
-        if dtype == g_nV.dtype:
-            self.weight_VD[:num_tokens].addmm_(narrow_nV.T, hidden_nD)
+        if self.weight_VD.dtype == g_nV.dtype:
+            self.weight_VD[:num_tokens].addmm_(g_nV.T, hidden_nD)
             return
         for tokens in (slice(i, i + WEIGHT_TILE) for i in range(0, num_tokens, WEIGHT_TILE)):
-            self.weight_VD[:num_tokens][tokens] += narrow_nV[:, tokens].T @ hidden_nD
+            self.weight_VD[:num_tokens][tokens] += g_nV[:, tokens].T @ hidden_nD
 
 
 class Precomputed(torch.autograd.Function):

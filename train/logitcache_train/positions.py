@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from logitcache_storage.errors import InputError
-from logitcache_train.atoms import CachedTopK, CoarseStudent, Support, to_tensor
+from logitcache_train.atoms import Cached, CachedTopK, CoarseStudent, Support, to_tensor
+from logitcache_train.mixture import CachedMixture
 from logitcache_train.objectives import ATOMS, Objective
 
 
@@ -35,7 +36,7 @@ class Inputs:
 
     obj: Objective
     labels_N: Tensor
-    cached: Mapping[str, CachedTopK]
+    cached: Mapping[str, Cached]
     columns: Mapping[str, Tensor]
     vocab_size: int
     """How many tokens carry mass: the smaller of the head's rows and the cache's vocabulary."""
@@ -49,7 +50,7 @@ class Inputs:
         return Inputs(self.obj, self.labels_N[rows], cached, columns, self.vocab_size)
 
     @property
-    def topk(self) -> CachedTopK | None:
+    def topk(self) -> Cached | None:
         """The cache behind the atoms `cached` and `guided`."""
         return None if self.obj.role is None else self.cached[self.obj.role]
 
@@ -97,16 +98,12 @@ def check_inputs(
             outside_N,
         )
     device = labels_N.device
-    topks = {
-        role: CachedTopK.from_numpy(cached[role], device=device)
-        for role in (*obj.roles, *obj.optional_roles)
-        if role in cached
-    }
+    caches = {role: _to_cached(cached[role], device) for role in (*obj.roles, *obj.optional_roles) if role in cached}
     data = {name: to_tensor(columns[name], device) for name in (*obj.columns, *obj.optional_columns) if name in columns}
-    for name, num_rows in [(n, len(rows)) for part in (topks, data) for n, rows in part.items()]:
+    for name, num_rows in [(n, len(rows)) for part in (caches, data) for n, rows in part.items()]:
         if num_rows != len(labels_N):
             raise InputError(f"{name!r} has {num_rows} rows, expected one for each of {len(labels_N)} labels")
-    return Inputs(obj, labels_N.long(), topks, data, size)
+    return Inputs(obj, labels_N.long(), caches, data, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,8 +145,8 @@ class Positions:
 
     def label_log_prob(self, role: str) -> Tensor:
         """The label's log-prob in this cache."""
-        topk: CachedTopK = self._declared(self.inputs.cached, role, "label_roles")
-        return topk.label_log_prob.to(self.log_p_label.dtype)
+        cache: Cached = self._declared(self.inputs.cached, role, "label_roles")
+        return cache.label_log_prob.to(self.log_p_label.dtype)
 
     def column(self, name: str) -> Tensor:
         """A per-position column."""
@@ -158,7 +155,7 @@ class Positions:
 
     def statistic(self) -> Tensor:
         """The statistic of each position that the objective pools, [N]."""
-        assert self.inputs.obj.pooled is not None
+        assert callable(self.inputs.obj.pooled)
         return torch.as_tensor(self.inputs.obj.pooled(self, self.inputs.obj.par))
 
     def coefficients(self, pooled_N: Tensor | None = None) -> dict[str, Tensor]:
@@ -211,8 +208,8 @@ def row_metrics(
         "gamma": coefficients.get("label", torch.zeros_like(loss_N)) / total_N.clamp(min=1),
         "target_entropy": entropy_N,
     }
-    if support.log_tau_N is not None:
-        metrics["teacher_tail"] = support.log_tau_N.exp()
+    if (log_q := support.cached(student)) is not None:
+        metrics["teacher_tail"] = log_q[1].exp()
     return {name: value.detach() for name, value in metrics.items()}
 
 
@@ -233,10 +230,17 @@ def check_finite(loss_N: Tensor, lse_N: Tensor) -> None:
             bad_logits_N,
         )
     raise BadRowsError(
-        f"the loss of rows {{}} of {len(bad_N)} is not finite: a logit is -inf, a coefficient is no number, or"
-        " the cached log-probs are damaged or leave no mass on the student's vocabulary",
+        f"the loss of rows {{}} of {len(bad_N)} is not finite: a logit is -inf, a coefficient is no number (a"
+        " division by zero, say), an eta outside [0, 1] gives a token infinite weight, or the cached log-probs are"
+        " damaged or leave no mass on the student's vocabulary",
         bad_N,
     )
+
+
+def _to_cached(cache: Any, device: torch.device) -> Cached:
+    if isinstance(cache, CachedMixture):
+        return cache.to(device)
+    return CachedTopK.from_numpy(cache, device=device)
 
 
 def _require_all(obj: Objective, what: str, needed: Iterable[str], found: Mapping[str, Any], remedy: str) -> None:

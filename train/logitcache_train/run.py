@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
     TrainerState,
+    set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from logitcache_storage.cache import Cache
-from logitcache_storage.errors import InputError, MismatchError
-from logitcache_storage.fingerprints import check_same_tokenizer, tokenizer_identity
+from logitcache_storage.disk_cache import DiskCache
+from logitcache_storage.errors import InputError
 from logitcache_storage.progress import Meter, progress
-from logitcache_storage.schema import to_json
 from logitcache_storage.terminal import format_count
 from logitcache_train.collate import Layout
 from logitcache_train.data import CachedSamples
-from logitcache_train.settings import TrainSettings
-from logitcache_train.student import check_head, choose_layout, make_student
+from logitcache_train.held_out import HELD_OUT_METRICS
+from logitcache_train.joining import check_same_tokenizers
+from logitcache_train.loading import check_student, load_student
+from logitcache_train.lora import add_adapters
+from logitcache_train.record import check_same_run, checkpoint_to_resume, read_record, run_record, write_record
+from logitcache_train.settings import DEFAULT_LOCAL_CACHE_BYTES, TrainSettings
+from logitcache_train.student import choose_layout, make_student
 from logitcache_train.trainer import CachedTargetTrainer
 
-RECORD_NAME = "logitcache.json"
-"""Stands beside the weights of every checkpoint: the resolved settings and the identity of each cache."""
+Caches = Mapping[str, Sequence[Cache]]
+"""Role to its caches."""
 
-EXACT = ("objective", "batch_tokens", "window_shards", "seed", "samples")
-"""Entries of the record that must be equal for a resumed run to go on exactly where it was."""
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """What a run reads."""
+
+    caches: Caches
+    eval_caches: Caches
+    samples: CachedSamples
+    held_out: CachedSamples | None
 
 
 def train(settings: TrainSettings) -> None:
     """Train a student and save it, with its tokenizer, as an ordinary checkpoint in `settings.output`.
+
+    With `settings.lora` the checkpoint holds the adapters.
 
     Raises:
         InputError: student, caches, objective and settings do not go together; nothing was trained.
@@ -56,134 +65,33 @@ def train(settings: TrainSettings) -> None:
     # Several devices in one process would be nn.DataParallel, which cuts inputs along a dimension that targets lack.
     idle_devices, arguments._n_gpu = max(arguments.n_gpu - 1, 0), min(arguments.n_gpu, 1)
     checkpoint = checkpoint_to_resume(settings)
-    caches = {role: Cache.open(url, settings.storage_options) for role, url in settings.caches.items()}
-    samples = CachedSamples(caches, settings.objective, window_shards=settings.window_shards)
-    model, tokenizer, layout = _ready_student(settings, caches, samples)
-    batch_tokens = resolve_batch_tokens(settings, samples, checkpoint)
-    record = run_record(settings, caches, samples, batch_tokens)
+    data = _open_data(settings)
+    model, tokenizer, layout = _ready_student(settings, data)
+    batch_tokens = resolve_batch_tokens(settings, data.samples, checkpoint)
+    record = run_record(settings, data.caches, data.eval_caches, data.samples, batch_tokens)
     if checkpoint is not None:
         check_same_run(record, checkpoint)
-    trainer = CachedTargetTrainer(
-        model,
-        arguments,
-        samples,
-        tokenizer,
-        batch_tokens=batch_tokens,
-        window_shards=settings.window_shards,
-        layout=layout,
-        save_record=lambda folder: _write_record(Path(folder), {**record, "layout": layout}),
-    )
-    notes = []
+    try:
+        trainer = CachedTargetTrainer(
+            model,
+            arguments,
+            data.samples,
+            tokenizer,
+            held_out=data.held_out,
+            batch_tokens=batch_tokens,
+            window_shards=settings.window_shards,
+            layout=layout,
+            mixing=settings.mixing,
+            save_record=lambda folder: write_record(Path(folder), {**record, "layout": layout}),
+        )
+    except (ValueError, RuntimeError, ImportError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"the Trainer cannot work with these arguments: {e}") from e
+    notes = _notes(settings, data)
     if idle_devices:
         notes.append(f"{idle_devices} more GPUs are idle; torchrun --nproc_per_node N -m logitcache_train uses them")
-    for role, cache in caches.items():
-        if not cache.is_complete:
-            notes.append(f"the {role} cache is unfinished: {len(cache)} of {cache.plan.num_samples} samples are there")
     _run(trainer, settings, checkpoint, notes)
-
-
-def _ready_student(
-    settings: TrainSettings, caches: Mapping[str, Cache], samples: CachedSamples
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Layout]:
-    """The student on its device, checked, its tokenizer, and how its batches lie."""
-    arguments = settings.arguments
-    model, tokenizer = load_student(settings)
-    vocab_size = check_student(model, tokenizer, caches, samples, name=settings.student)
-    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    layout = choose_layout(model.to(arguments.device), settings.packing, autocast=autocast)
-    make_student(model, settings.objective, vocab_size=vocab_size)
-    # The Trainer writes this into the config that is saved with the student; our forward pass asks for no cache itself.
-    arguments.use_cache = bool(getattr(model.config, "use_cache", True))
-    return model, tokenizer, layout
-
-
-def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
-    """The checkpoint that the run goes on from; None for a new run.
-
-    Raises:
-        InputError: there is none where one was asked for, or there is one and nobody said what to do with it.
-    """
-    asked = str(settings.arguments.resume_from_checkpoint)
-    last = get_last_checkpoint(settings.output) if settings.output.is_dir() else None
-    if asked.lower() in ("none", "false"):
-        if last is not None:
-            raise InputError(
-                f"{last} is there from an earlier run; go on from it with --resume_from_checkpoint true,"
-                " or choose another folder with --output"
-            )
-        return None
-    if asked.lower() == "true":
-        if last is None:
-            raise InputError(f"{settings.output} has no checkpoint to go on from; leave out --resume_from_checkpoint")
-        return Path(last)
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {asked}: no trainer_state.json there; name a folder checkpoint-N")
-    return Path(asked)
-
-
-def load_student(settings: TrainSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, in training dtype on the CPU, and its tokenizer.
-
-    Raises:
-        InputError: no causal language model there, or an incomplete one.
-    """
-    path = settings.student
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"--student {path}: no such folder")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as e:
-        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}: {e}") from e
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{path!r} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]!r}:"
-            " they would be random; use the complete checkpoint of a causal language model"
-        )
-    return model, tokenizer
-
-
-def check_student(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    caches: Mapping[str, Cache],
-    samples: CachedSamples,
-    *,
-    name: str,
-) -> int:
-    """V, the tokens that carry mass: the rows of the head that are tokens of every cache's vocabulary, too.
-
-    Raises:
-        InputError: a cache keeps more tokens than the student has, or a sample is longer than the student can read.
-        MismatchError: another tokenizer, or a sample has a token that the student lacks.
-    """
-    found = tokenizer_identity(tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.chat_template)
-    for cache in caches.values():
-        check_same_tokenizer(found, cache.identity.tokenizer, student=name)
-    check_head(model)
-    head_rows: int = len(model.get_output_embeddings().weight)
-    vocab_size = min(head_rows, *(cache.identity.vocab_size for cache in caches.values()))
-    for role, cache in caches.items():
-        if cache.identity.k > vocab_size:
-            raise InputError(
-                f"the {role} cache keeps k = {cache.identity.k} tokens, and {name} has a vocabulary of {vocab_size};"
-                " build the cache with a smaller --k"
-            )
-    num_tokens: int = min(vocab_size, len(model.get_input_embeddings().weight))
-    if max(tokenizer.get_vocab().values()) >= num_tokens:
-        samples.check_token_ids(num_tokens, student=name)
-    longest, limit = int(samples.num_tokens.max(initial=0)), _max_length(model)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"the cache has samples of up to {longest} tokens, and {name} reads {limit} (max_position_embeddings);"
-            f" build the cache with --max-length {limit}"
-        )
-    return vocab_size
 
 
 def resolve_batch_tokens(settings: TrainSettings, samples: CachedSamples, checkpoint: Path | None) -> int:
@@ -194,7 +102,7 @@ def resolve_batch_tokens(settings: TrainSettings, samples: CachedSamples, checkp
     if settings.batch_tokens is not None:
         return settings.batch_tokens
     if checkpoint is not None:
-        return int(_read_record(checkpoint)["batch_tokens"])
+        return int(read_record(checkpoint)["batch_tokens"])
     arguments = settings.arguments
     batch_size: int = (
         arguments.per_device_train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
@@ -203,47 +111,68 @@ def resolve_batch_tokens(settings: TrainSettings, samples: CachedSamples, checkp
     return max(1, round(batch_size * mean_length))
 
 
-def run_record(
-    settings: TrainSettings, caches: Mapping[str, Cache], samples: CachedSamples, batch_tokens: int
-) -> dict[str, Any]:
-    """Everything that a run was made of, as JSON values; nothing secret."""
-    arguments = settings.arguments
-    return {
-        "logitcache": _version(),
-        "student": settings.student,
-        "objective": {"name": settings.objective.name, **settings.objective.values},
-        "batch_tokens": batch_tokens,
-        "window_shards": settings.window_shards,
-        "seed": arguments.seed if arguments.data_seed is None else arguments.data_seed,
-        "samples": samples.order_fingerprint(),
-        "dtype": settings.dtype,
-        "attn_implementation": settings.attn_implementation,
-        "world_size": arguments.world_size,
-        "caches": {
-            role: {"url": re.sub(r"//[^/@]*@", "//", cache.store.url), "identity": to_json(cache.identity)}
-            for role, cache in caches.items()
-        },
-        "training_arguments": arguments.to_dict(),
-    }
+def _open_data(settings: TrainSettings) -> _Data:
+    disk = None
+    if settings.local_cache is not None:
+        disk = DiskCache(settings.local_cache, settings.local_cache_bytes or DEFAULT_LOCAL_CACHE_BYTES)
 
+    def opened(urls: Mapping[str, Sequence[str]]) -> Caches:
+        return {
+            role: [Cache.open(url, settings.storage_options, disk_cache=disk) for url in several]
+            for role, several in urls.items()
+        }
 
-def check_same_run(record: Mapping[str, Any], checkpoint: Path) -> None:
-    """Refuse to go on from a checkpoint of a run with other batches or another objective.
-
-    The number of ranks, the accumulation steps and the layout may differ: the global batches stay the same.
-
-    Raises:
-        MismatchError: names every entry that differs.
-    """
-    saved = _read_record(checkpoint)
-    different = [
-        f"{name}: {record[name]}, there {saved.get(name)}" for name in EXACT if record[name] != saved.get(name)
-    ]
-    if different:
-        raise MismatchError(
-            f"{checkpoint} belongs to another run ({'; '.join(different)}); use the settings of that run,"
-            f" or begin a new one from its weights with --student {checkpoint} and another --output"
+    caches, eval_caches = opened(settings.caches), opened(settings.eval_caches)
+    check_same_tokenizers([cache for each in (caches, eval_caches) for several in each.values() for cache in several])
+    samples = CachedSamples(caches, settings.objective, window_shards=settings.window_shards, missing=settings.missing)
+    held_out = None
+    if eval_caches:
+        held_out = CachedSamples(
+            eval_caches,
+            settings.objective,
+            # They are read from the first shard to the last.
+            window_shards=1,
+            missing=settings.missing,
+            also=("teacher",),
+            option="--eval_cache",
         )
+    return _Data(caches, eval_caches, samples, held_out)
+
+
+def _ready_student(settings: TrainSettings, data: _Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Layout]:
+    """The student on its device, checked, its tokenizer, and how its batches lie."""
+    arguments = settings.arguments
+    model, tokenizer = load_student(settings)
+    seen = [data.samples] if data.held_out is None else [data.samples, data.held_out]
+    vocab_size = check_student(model, tokenizer, data.caches, seen, name=settings.student)
+    autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    layout = choose_layout(model.to(arguments.device), settings.packing, autocast=autocast)
+    make_student(model, settings.objective, vocab_size=vocab_size)
+    # The Trainer writes this into the config that is saved with the student; our forward pass asks for no cache itself.
+    arguments.use_cache = bool(getattr(model.config, "use_cache", True))
+    if settings.lora is not None:
+        # The same adapters on every rank.
+        set_seed(arguments.seed)
+        model = add_adapters(model, settings.lora, student=settings.student)
+    return model, tokenizer, layout
+
+
+def _notes(settings: TrainSettings, data: _Data) -> list[str]:
+    """What a user should know of the data before it is trained on."""
+    notes = []
+    for role, several in data.caches.items():
+        for cache in several:
+            if not cache.is_complete:
+                there = f"{len(cache)} of {cache.plan.num_samples} samples are there"
+                notes.append(f"the {role} cache is unfinished: {there}")
+        if role not in data.samples.roles:
+            notes.append(f"objective {settings.objective.name!r} reads no distribution of the {role} cache")
+    for what, samples in (("samples", data.samples), ("held-out samples", data.held_out)):
+        if samples is not None and samples.lacking:
+            lacking = ", ".join(f"{url} lacks {count:,}" for url, count in samples.lacking.items())
+            dropped = len(samples.primary) - len(samples)
+            notes.append(f"{dropped:,} of {len(samples.primary):,} {what} are left out: {lacking}")
+    return notes
 
 
 def _run(trainer: CachedTargetTrainer, settings: TrainSettings, checkpoint: Path | None, notes: Sequence[str]) -> None:
@@ -268,7 +197,7 @@ def _run(trainer: CachedTargetTrainer, settings: TrainSettings, checkpoint: Path
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]
-    """Moves the meter, and gives every log of the Trainer a line."""
+    """Moves the meter, and gives every log and every evaluation of the Trainer a line."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
@@ -289,30 +218,7 @@ class _Lines(TrainerCallback):  # type: ignore[misc]
             f"step {state.global_step} of {state.max_steps}: {', '.join(numbers)}, {format_count(rate)} tok/s"
         )
 
-
-def _write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    (folder / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def _read_record(checkpoint: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((checkpoint / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(
-            f"{checkpoint / RECORD_NAME} cannot be read: {e}; only a checkpoint of 'logitcache train' can be resumed"
-        ) from e
-    if not isinstance(record, dict) or "batch_tokens" not in record:
-        raise InputError(f"{checkpoint / RECORD_NAME} is no record of a run; resume from another checkpoint")
-    return record
-
-
-def _max_length(model: PreTrainedModel) -> int | None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def _version() -> str:
-    try:
-        return version("logitcache")
-    except PackageNotFoundError:
-        return "unknown"
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        found = {name: metrics[f"eval_{name}"] for name in HELD_OUT_METRICS if f"eval_{name}" in metrics}
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+        self._meter.note(f"held-out after step {state.global_step}: {numbers}")

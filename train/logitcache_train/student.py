@@ -13,7 +13,7 @@ Shapes: B samples, L tokens, N target positions, V vocabulary, D hidden.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from logitcache_storage.errors import InputError
 from logitcache_train.collate import Layout, TrainingSample, collate
 from logitcache_train.fused import fused_loss_and_metrics
+from logitcache_train.held_out import held_out_metrics
 from logitcache_train.objectives import Objective
 
 Packing = Literal["auto", "on", "off"]
@@ -61,7 +62,8 @@ def make_student(model: Any, objective: Objective, *, vocab_size: int) -> None:
     """Replace the model's forward pass by one that takes `targets` (`collate.Targets`).
 
     With targets it returns `loss`, the sum over them divided by `targets.num_items`, and `metrics`: each metric of
-    `logitcache_train.loss.target_metrics` summed over them. Without, the model's own forward pass runs.
+    `logitcache_train.loss.target_metrics` summed over them; with `held_out=True`, too, those of
+    `held_out.held_out_metrics`. Without targets the model's own forward pass runs.
 
     Args:
         model: a causal language model of transformers.
@@ -75,30 +77,46 @@ def make_student(model: Any, objective: Objective, *, vocab_size: int) -> None:
     settings = HeadSettings.of(model.config.get_text_config())
     original = model.forward.__func__
 
-    def forward(self: Any, *args: Any, targets: Any = None, **inputs: Any) -> Any:
+    def forward(self: Any, *args: Any, targets: Any = None, held_out: bool = False, **inputs: Any) -> Any:
         if targets is None:
             return original(self, *args, **inputs)
+        # Adapters hand on every argument of their own, given or not.
+        inputs = {name: value for name, value in inputs.items() if value is not None}
         hidden_ND = gather_hidden(self, inputs, targets.rows_N)
-        head = self.get_output_embeddings()
-        loss, metrics = fused_loss_and_metrics(
-            hidden_ND,
-            head.weight,
-            targets.labels_N,
-            objective,
-            targets.cached,
-            targets.columns,
-            targets.num_items,
-            bias=head.bias,
-            logit_softcap=settings.softcap,
-            logit_scale=settings.scale,
-            vocab_size=vocab_size,
-        )
-        return {"loss": loss, "metrics": {name: values_N.sum() for name, values_N in metrics.items()}}
 
+        def loss_and_metrics(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Any]:
+            head: dict[str, Any] = {
+                "bias": bias_V,
+                "logit_softcap": settings.softcap,
+                "logit_scale": settings.scale,
+                "vocab_size": vocab_size,
+            }
+            labels_N, cached = targets.labels_N, targets.cached
+            loss, metrics = fused_loss_and_metrics(
+                hidden_ND, weight_VD, labels_N, objective, cached, targets.columns, targets.num_items, **head
+            )
+            if held_out:
+                metrics = {**metrics, **held_out_metrics(hidden_ND, weight_VD, labels_N, cached.get("teacher"), **head)}
+            return {"loss": loss, "metrics": {name: values_N.sum() for name, values_N in metrics.items()}}
+
+        return self.get_output_embeddings()(hidden_ND, loss_and_metrics)
+
+    head = model.get_output_embeddings()
+    head.forward = MethodType(_head_forward, head)
     # `generate` reads the signature. Not functools.wraps: accelerate unwraps along `__wrapped__`, past this function.
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     # Bound to the instance by MethodType, so that a deep copy of the model is bound to the copy.
     model.forward = MethodType(forward, model)
+
+
+def _head_forward(self: nn.Linear, hidden: Tensor, reduce: Callable[..., Any] | None = None) -> Any:
+    """The linear layer, or whatever `reduce` makes of hidden states, weight and bias.
+
+    The loss calls the head as a module, because hooks may have to bring its weight together first (FSDP's do).
+    """
+    if reduce is None:
+        return nn.functional.linear(hidden, self.weight, self.bias)
+    return reduce(hidden, self.weight, self.bias)
 
 
 def check_head(model: Any) -> None:
@@ -107,11 +125,14 @@ def check_head(model: Any) -> None:
     Raises:
         InputError: the output layer is no linear layer, or the model trains on a loss of its own besides.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{_name(model)} has an encoder besides its decoder; use a causal language model")
     head = model.get_output_embeddings()
     # Subclasses (quantised, LoRA) compute something else than h W^T + b from their `weight`.
     if type(head) is not nn.Linear:
         raise InputError(
-            f"{_name(model)} has an output layer of {type(head).__name__}, expected a plain linear layer;"
+            f"{_name(model)} has an output layer of {type(head).__module__}.{type(head).__name__}, expected a plain"
+            " linear layer;"
             " use a causal language model whose head is neither quantised nor adapted"
         )
     if getattr(model.config.get_text_config(), "output_router_logits", False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import re
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from logitcache_storage.command import Command
 from logitcache_storage.commands.arguments import add_storage_options
@@ -30,21 +31,34 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--cache",
         metavar="[ROLE=]URL",
         action="append",
-        help="where a cache is; with several, each with its role: teacher or reference",
+        help="where a cache is; with several, each with its role: teacher or reference; several teachers are mixed",
     )
-    parser.add_argument("--objective", metavar="NAME", help="what to train for; 'logitcache objectives' lists them all")
+    parser.add_argument(
+        "--objective",
+        metavar="NAME",
+        help="what to train for; 'logitcache objectives' lists them all; in FILE.yaml also a row of your own",
+    )
     parser.add_argument(
         "--output", "--output_dir", "--output-dir", metavar="DIR", help="where the student and its checkpoints go"
     )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="these arguments as a YAML mapping; the command line wins"
     )
+    _add_caches(parser)
     _add_how(parser)
+    _add_lora(parser)
     add_storage_options(parser)
     group = parser.add_argument_group("parameters of objectives (defaults: their papers')")
     for name in parameter_names():
         owners = ", ".join(row.name for row in OBJECTIVES.values() if name in row.parameters)
         _add(group, name, type=float, metavar="F", help=f"of {owners}")
+    group.add_argument(
+        "--extrapolate",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        help="let eta leave [0, 1] (default: false)",
+    )
 
 
 def parameter_names() -> list[str]:
@@ -62,6 +76,46 @@ def run(args: Namespace) -> int:
 
 
 COMMAND = Command("train a student from a cache", add_arguments, run, takes_rest=True)
+
+
+def _add_caches(parser: ArgumentParser) -> None:
+    """How several caches go together, and what to evaluate on."""
+    _add(parser, "mix", choices=("arithmetic", "geometric"), help="mean of several teachers (default: arithmetic)")
+    _add(parser, "mix_weights", metavar="F,F,...", help="weight of each teacher, in order (default: equal)")
+    _add(
+        parser,
+        "missing",
+        choices=("error", "drop"),
+        help="what to do with samples that one of the caches lacks: refuse (default), or train without them",
+    )
+    _add(
+        parser,
+        "eval_cache",
+        metavar="[ROLE=]URL",
+        action="append",
+        help=(
+            "held-out cache, to evaluate on: loss, NLL and, with a teacher cache, KL and top-1 agreement; when, say"
+            " --eval_strategy (default with this option: epoch), --eval_steps and --eval_on_start"
+        ),
+    )
+
+
+def byte_count(text: str) -> int:
+    """`200GB`, `1.5TB` or `5000000` as bytes, in powers of 1,000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|K|M|G|T|P)B?", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise ArgumentTypeError(f"expected bytes, as in 200GB; found {text!r}")
+    return int(float(found[1]) * 1000 ** ("", "K", "M", "G", "T", "P").index(found[2].upper()))
+
+
+def _add_lora(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("low-rank adapters (LoRA, by peft)")
+    _add(group, "lora_rank", type=int, metavar="N", help="train adapters of this rank, and nothing else")
+    _add(group, "lora_alpha", type=float, metavar="F", help="their factor times N (default: 2 N)")
+    _add(group, "lora_dropout", type=float, metavar="F", help="on their input (default: 0)")
+    _add(
+        group, "lora_targets", metavar="NAME,...", help="layers that get one, as in q_proj,v_proj (default: all-linear)"
+    )
 
 
 def _add_how(parser: ArgumentParser) -> None:
@@ -92,6 +146,13 @@ def _add_how(parser: ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help=("of the weights (default: float32; on a GPU the arithmetic is bfloat16 all the same, see --bf16)"),
     )
+    _add(
+        parser,
+        "local_cache",
+        metavar="DIR",
+        help="folder on a local disk for what is read of remote caches: read ahead, and once for all devices of a node",
+    )
+    _add(parser, "local_cache_bytes", type=byte_count, metavar="SIZE", help="bound of that folder (default: 100GB)")
     _add(parser, "attn_implementation", metavar="NAME", help="transformers' attention, e.g. sdpa, flash_attention_2")
 
 
