@@ -1,7 +1,11 @@
 """Tiny random models of many families against a float64 log-softmax of the model's own logits, one sample at a time."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -385,13 +389,16 @@ def test_compiled_it_scores_the_same(tmp_path):
     assert_scored(model, requests, teacher.score(requests, 7), 7, atol=1e-4)
 
 
-def test_a_compiler_that_fails_is_told_with_the_remedy(tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_told_with_the_remedy(tmp_path):
+    """In a process of its own: where something was compiled before, its kernels may be found and nothing fail."""
     save(tmp_path, "llama", num_hidden_layers=1)
-    torch.compiler.reset()
-    # What was compiled before would be found there, and nothing be compiled.
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(
-        InputError, match=r"torch.compile cannot compile '.*' \(LlamaForCausalLM\) on cpu.* compile=False"
-    ):
-        TransformersTeacher.load(str(tmp_path), device="cpu", compile=True)
+    program = (
+        "from logitcache_pipeline.engines.transformers import TransformersTeacher;"
+        f" TransformersTeacher.load({str(tmp_path)!r}, device='cpu', compile=True)"
+    )
+    env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    found = r"InputError: torch.compile cannot compile '.*' \(LlamaForCausalLM\) on cpu.* compile=False"
+    assert re.search(found, done.stderr, re.DOTALL), done.stderr[-2000:]
