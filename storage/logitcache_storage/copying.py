@@ -254,8 +254,7 @@ def _plan_records(store: ObjectStore) -> Iterator[tuple[str, bytes]]:
 
 def _planned_objects(plans: Plans) -> list[ObjectRecord]:
     """What the plans list, each object once."""
-    records = [plans.first, *(extension.plan for extension in plans.extensions)]
-    return list({item.path: item for plan in records for item in plan.objects}.values())
+    return list({item.path: item for plan in plans.records for item in plan.objects}.values())
 
 
 def _refuse_another_cache(target: ObjectStore, identity: bytes, plans: dict[str, bytes]) -> None:

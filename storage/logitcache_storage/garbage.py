@@ -20,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-
 from logitcache_storage import commit
 from logitcache_storage.errors import CorruptionError, LogitCacheError, MismatchError, StoreError
-from logitcache_storage.objects import LocalStore, ObjectStore, open_store
+from logitcache_storage.objects import FsspecStore, LocalStore, ObjectStore, open_store
 from logitcache_storage.plans import PLAN_PATH, load_plans
 from logitcache_storage.progress import progress
 
@@ -148,15 +146,12 @@ def delete_garbage(
 
 def stored_objects(url: str, storage_options: Mapping[str, Any] | None = None) -> Iterator[StoredObject]:
     """Everything below a URL, hidden files and links included, as the file system lists it; in no order."""
-    if isinstance(open_store(url, storage_options), LocalStore):
+    store = open_store(url, storage_options)
+    if isinstance(store, FsspecStore):
+        for path, info in store.details("").items():
+            yield StoredObject(path, int(info.get("size") or 0), _modified(info))
+    else:
         yield from _local_objects(_local_folder(url))
-        return
-    with _store_errors(url):
-        fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, **dict(storage_options or {}))
-        found = fs.find(root, detail=True)
-    base = root.rstrip("/") + "/"
-    for path, info in found.items():
-        yield StoredObject(path.removeprefix(base), int(info.get("size") or 0), _modified(info))
 
 
 def _kind(path: str, listed: set[str], committed: set[int]) -> str | None:
@@ -180,7 +175,7 @@ def _listed(store: ObjectStore, quiet: bool) -> tuple[set[str], set[int]]:
         plans = load_plans(store)
         if plans is None and numbers:
             raise CorruptionError(f"{store.url}/{PLAN_PATH}: missing, and {len(numbers)} shards are committed")
-        for plan in [] if plans is None else [plans.first, *(extension.plan for extension in plans.extensions)]:
+        for plan in [] if plans is None else plans.records:
             listed.update(item.path for item in plan.objects)
         if manifest := commit.load_manifest(store):
             listed.update(item.path for record in manifest.values() for item in record.objects)

@@ -201,14 +201,18 @@ class FsspecStore(ObjectStore):
 
     def list(self, prefix: str) -> list[str]:
         """See `ObjectStore`."""
+        return sorted(self.details(prefix))
+
+    def details(self, prefix: str) -> dict[str, Mapping[str, Any]]:
+        """Of every object below the folder `prefix`, in no order, what the file system says: size, times, ..."""
         fs = self._connected()
         with _store_errors(self.url, prefix):
             try:
-                found = fs.find(self._full(prefix) if prefix else self._root)
+                found = fs.find(self._full(prefix) if prefix else self._root, detail=True)
             except FileNotFoundError:
-                return []
+                return {}
         base = fs._strip_protocol(self._root).rstrip("/") + "/"
-        return sorted(path.removeprefix(base) for path in found)
+        return {path.removeprefix(base): about for path, about in found.items()}
 
     def delete(self, path: str) -> None:
         """See `ObjectStore`."""

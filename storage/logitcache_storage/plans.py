@@ -44,6 +44,11 @@ class Plans:
     """Of the data that the cache's identity names."""
     extensions: tuple[ExtensionRecord, ...] = ()
 
+    @property
+    def records(self) -> list[PlanRecord]:
+        """The plans alone."""
+        return [self.first, *(extension.plan for extension in self.extensions)]
+
     def number_of(self, corpus_fingerprint: str) -> int | None:
         """Number of the extension that holds this corpus, from 1; None where none does."""
         found = (n for n, e in enumerate(self.extensions, 1) if e.corpus.fingerprint == corpus_fingerprint)
@@ -105,7 +110,7 @@ def join_plans(plans: Plans, *, where: str) -> PlanRecord:
         sizes += plan.shard_num_rows
         parts += (replace(part, first_sample=num_samples + part.first_sample) for part in plan.parts)
         num_samples += plan.num_samples
-    records = [plans.first, *(extension.plan for extension in plans.extensions)]
+    records = plans.records
     return PlanRecord(
         num_samples=num_samples,
         num_tokens=sum(plan.num_tokens for plan in records),
