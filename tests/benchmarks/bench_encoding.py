@@ -13,9 +13,6 @@ are compared with. Shapes: N rows, k entries.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from gsm8k_models import report_with_models
 from numcodecs import blosc
 from teacher_rows import VOCAB_SIZE, K, gsm8k_rows, synthetic_rows
 
@@ -47,16 +45,7 @@ TARGETS = {"u8": (160.0, 3e-5), "u10": (170.0, 2e-6)}
 
 def main() -> int:
     """Print the results; draw them where a figure is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "logitcache-gsm8k-models")
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):
-        report = run(args.models)
-    print(json.dumps(report, indent=1))
-    if args.figure is not None:
-        draw(report, args.figure)
-    return 0
+    return report_with_models(__doc__, run, draw)
 
 
 def run(models: Path) -> dict[str, Any]:

@@ -16,11 +16,7 @@ Shapes: N target positions of a record, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gsm8k_models import NUM_HELD_OUT, Sample, encode, ensure_models, read_records
+from gsm8k_models import NUM_HELD_OUT, Sample, encode, ensure_models, read_records, report_with_models
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,16 +47,7 @@ SURE = 0.01
 
 def main() -> int:
     """Measure, print one JSON document, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "logitcache-gsm8k-models")
-    parser.add_argument("--figure", type=Path)
-    args = parser.parse_args()
-    with contextlib.redirect_stdout(sys.stderr):
-        report = run(args.models)
-    print(json.dumps(report, indent=1))
-    if args.figure is not None:
-        draw(report, args.figure)
-    return 0
+    return report_with_models(__doc__, run, draw)
 
 
 def run(models: Path) -> dict[str, Any]:

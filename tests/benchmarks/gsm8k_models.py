@@ -14,13 +14,15 @@ Shapes: B sequences, L positions, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     print(json.dumps(ensure_models(parser.parse_args().output), indent=1))
+    return 0
+
+
+def report_with_models(
+    description: str | None,
+    run: Callable[[Path], dict[str, Any]],
+    draw: Callable[[dict[str, Any], Path], None],
+) -> int:
+    """The command line of a benchmark that needs the models: print its results, and draw them where asked."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "logitcache-gsm8k-models")
+    parser.add_argument("--figure", type=Path)
+    args = parser.parse_args()
+    # What libraries print on the way must not end up in the results.
+    with contextlib.redirect_stdout(sys.stderr):
+        report = run(args.models)
+    print(json.dumps(report, indent=1))
+    if args.figure is not None:
+        draw(report, args.figure)
     return 0
 
 

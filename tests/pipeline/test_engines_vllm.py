@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import math
 import os
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM has an environment of its own: make test-vllm", allow_module_level=True)
 # Read when vLLM is imported; its CPU build cannot compile here, and one process is enough for tests.
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -21,7 +24,6 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -110,6 +110,7 @@ class _LocalLogits:
         self._model = model
         self._whole = model.logits_processor.forward
         model.logits_processor.forward = self._forward
+        self.vocab_size = int(model.logits_processor.org_vocab_size)
         self.first_id, self.num_ranks = 0, 1
 
     def __call__(self, hidden_nD: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _score(
     device = hidden_TD.device
     hidden_MD = hidden_TD.index_select(0, torch.from_numpy(rows).to(device))
     labels_M = torch.from_numpy(labels.astype(np.int64)).to(device)
-    size = max(1, CHUNK_BYTES // (4 * logits._model.logits_processor.org_vocab_size))
+    size = max(1, CHUNK_BYTES // (4 * logits.vocab_size))
     # An empty step still goes through the head once: under tensor parallelism every rank must take part in the gather.
     chunks = [slice(i, i + size) for i in range(0, max(len(rows), 1), size)]
     return torch.cat([_score_chunk(logits, hidden_MD[chunk], labels_M[chunk], k) for chunk in chunks])
