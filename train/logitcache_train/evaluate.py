@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from logitcache_storage.errors import InputError
 from logitcache_storage.progress import progress
 from logitcache_train.answers import Problem, is_exact
 from logitcache_train.generation import Decoding, Generated, encode_prompts, generate_responses
+from logitcache_train.loading import check_folder, load_checkpoint
 
 Z_95 = 1.96
 
@@ -155,24 +155,18 @@ def load_model(path: str, *, dtype: str | None = None) -> tuple[Any, Any]:
         InputError: there is none.
     """
     transformers_logging.disable_progress_bar()
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"--model {path}: no such folder")
+    check_folder(path, "--model")
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     usual = "float32" if device is None or device.type == "cpu" else "auto"
-    try:
-        base = _base_of_adapters(path)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            base or path, dtype=dtype or usual, output_loading_info=True
-        )
-        if base is not None:
-            from peft import PeftModel
+    base = _base_of_adapters(path)
+    model, tokenizer = load_checkpoint(base or path, tokenizer_path=path, dtype=dtype or usual)
+    if base is not None:
+        from peft import PeftModel
 
+        try:
             model = PeftModel.from_pretrained(model, path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as e:
-        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}: {e}") from e
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(f"{path!r} lacks {len(missing)} weights, first {missing[0]!r}: they would be random")
+        except (OSError, ValueError) as e:
+            raise InputError(f"cannot load the adapters in {path!r}: {e}") from e
     return model.to(device), tokenizer
 
 

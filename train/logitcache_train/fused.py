@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -41,6 +41,9 @@ from logitcache_train.positions import Inputs, Positions, check_finite, check_in
 CHUNK_BYTES = {"cpu": 1 << 27, "cuda": 1 << 29}
 """Bytes of a chunk with its work space, by device type, where `chunk_size` is not given. On a GPU the larger chunk
 pays, because dW is read and written once per chunk."""
+
+Observe = Callable[[Head, Tensor, slice], dict[str, Tensor]]
+"""What else to know of a chunk, [n] each, from its products h W^T, [n, V], which stay as they are, and its rows."""
 
 
 def fused_target_loss(
@@ -112,8 +115,9 @@ def fused_loss_and_metrics(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     vocab_size: int | None = None,
+    observe: Observe | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`fused_target_loss`, and the metrics of `loss.target_metrics` from the same pass."""
+    """`fused_target_loss`, and the metrics of `loss.target_metrics` from the same pass; with those of `observe`."""
     _check_head(hidden_ND, weight_VD, bias, logit_softcap, num_labels=len(labels_N), chunk_size=chunk_size)
     inputs = check_inputs(labels_N, obj, cached, columns, num_logits=len(weight_VD), vocab_size=vocab_size)
     divisor = _divisor(num_items, len(inputs))
@@ -127,13 +131,18 @@ def fused_loss_and_metrics(
             scale=float(logit_scale),
             softcap=logit_softcap,
         )
-        metrics = _sweep(hidden_ND, head, inputs, chunk_size, gradients)
+        metrics = _sweep(hidden_ND, head, inputs, chunk_size, gradients, observe)
     loss = Precomputed.apply(metrics["loss"].sum(), divisor, *sources, *gradients.tensors)  # type: ignore[no-untyped-call]
     return loss, metrics
 
 
 def _sweep(
-    hidden_ND: Tensor, head: Head, inputs: Inputs, chunk_size: int | None, gradients: HeadGradients
+    hidden_ND: Tensor,
+    head: Head,
+    inputs: Inputs,
+    chunk_size: int | None,
+    gradients: HeadGradients,
+    observe: Observe | None,
 ) -> dict[str, Tensor]:
     """Visit the positions chunk by chunk and add up their gradients; returns the metrics of each, [N]."""
     obj = inputs.obj
@@ -144,21 +153,22 @@ def _sweep(
     num_rows = max(rows.stop - rows.start for rows, _ in chunks)
     buffer_nV = head.weight_VD.new_empty(num_rows, len(head.weight_VD))
 
-    def reduce(rows: slice) -> tuple[Tensor, _Reduced]:
+    def multiply(rows: slice) -> tuple[Tensor, Tensor]:
         hidden_nD = hidden_ND[rows].to(buffer_nV.dtype)
-        products_nV = torch.mm(hidden_nD, head.weight_VD.T, out=buffer_nV[: len(hidden_nD)])
-        return hidden_nD, _reduce(products_nV, inputs[rows], head, passes)
+        return hidden_nD, torch.mm(hidden_nD, head.weight_VD.T, out=buffer_nV[: len(hidden_nD)])
 
     pooled_N = torch.zeros(len(inputs), dtype=reduction_dtype(buffer_nV.dtype), device=buffer_nV.device)
     if split := [rows for rows, is_split in chunks if is_split]:
         for rows in split:
-            pooled_N[rows] = reduce(rows)[1].at.statistic()
+            pooled_N[rows] = _reduce(multiply(rows)[1], inputs[rows], head, passes).at.statistic()
         pooled_N = inputs.pool(pooled_N)
     parts = []
     for rows, is_split in chunks:
-        hidden_nD, reduced = reduce(rows)
+        hidden_nD, products_nV = multiply(rows)
+        observed = {} if observe is None else observe(head, products_nV, rows)
+        reduced = _reduce(products_nV, inputs[rows], head, passes)
         terms = _weigh(reduced, pooled_N[rows] if is_split else None)
-        parts.append(terms.metrics)
+        parts.append(terms.metrics | observed)
         if gradients.wanted:
             _overwrite_with_gradient(reduced, terms, head, passes)
             gradients.add(rows, reduced.chunk_nV, hidden_nD, head)

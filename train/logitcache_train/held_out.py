@@ -1,6 +1,6 @@
 """What a student makes of a held-out cache: NLL, divergence from the teacher and top-1 agreement of every target.
 
-Shapes: N target positions, n of a chunk, S slots of the support, V vocabulary that carries mass, D hidden.
+Shapes: n target positions of a chunk, S slots of the support, V vocabulary that carries mass.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from logitcache_storage.errors import InputError
-from logitcache_train.atoms import Cached, build_support, coarse_student, cross_entropy
+from logitcache_train.atoms import Cached, CachedTopK, build_support, coarse_student, cross_entropy
 from logitcache_train.data import CachedSamples, Part
 from logitcache_train.head import Head
 from logitcache_train.loss import reduction_dtype
-
-CHUNK_BYTES = 1 << 27
-"""Bytes of a chunk's logits."""
 
 BATCHES_AHEAD = 16
 """How many batches an evaluation reads ahead, where the caches are read ahead."""
@@ -29,59 +26,28 @@ HELD_OUT_METRICS = ("loss", "nll", "kl", "top_1_agreement")
 """Means over all held-out targets, logged as `eval_loss` and so on; the last two where there is a teacher cache."""
 
 
-@torch.no_grad()
-def held_out_metrics(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    labels_N: Tensor,
-    teacher: Cached | None,
-    *,
-    bias: Tensor | None = None,
-    logit_softcap: float | None = None,
-    logit_scale: float = 1.0,
-    vocab_size: int | None = None,
-    chunk_size: int | None = None,
-) -> dict[str, Tensor]:
-    """Metrics of each target position, [N] each, from hidden states and the head; never [N, V] at once.
+def held_out_metrics(head: Head, products_nV: Tensor, labels_n: Tensor, teacher: Cached | None) -> dict[str, Tensor]:
+    """Metrics of each position of a chunk, [n] each.
 
     `nll` is -log p_y in nats. With a teacher, `kl` is KL(teacher || student) in nats on the kept ids, the label and
     the tail as one outcome, which is at most the divergence on the whole vocabulary; and `top_1_agreement` is 1 where
     both have the same likeliest token, else 0.
 
     Args:
-        hidden_ND: final hidden states at the positions that predict a target, [N, D].
-        weight_VD: the head's weight, [V, D].
-        labels_N: observed tokens, [N], each in [0, V).
-        teacher: N rows of the teacher cache, or of several mixed.
-        bias: the head's bias, [V].
-        logit_softcap: as in `fused_target_loss`.
-        logit_scale: as in `fused_target_loss`.
-        vocab_size: as in `fused_target_loss`.
-        chunk_size: positions per chunk; by default as many as fit `CHUNK_BYTES`.
+        head: makes logits of products.
+        products_nV: h W^T at the positions that predict a target, [n, V]; not changed.
+        labels_n: observed tokens, [n], each in [0, V).
+        teacher: n rows of the teacher cache, or of several mixed.
     """
-    num_tokens = min(len(weight_VD), vocab_size or len(weight_VD))
-    device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-    wide = reduction_dtype(dtype)
-    bias_V = None if bias is None else bias[:num_tokens].to(wide)
-    head = Head(weight_VD[:num_tokens].to(dtype), bias_V, float(logit_scale), logit_softcap)
-    size = chunk_size or max(CHUNK_BYTES // (wide.itemsize * num_tokens), 1)
-    parts = []
-    with torch.autocast(device, enabled=False):
-        for rows in (slice(i, i + size) for i in range(0, max(len(labels_N), 1), size)):
-            hidden_nD = hidden_ND[rows].to(dtype)
-            z_nV = head.finish_logits((hidden_nD @ head.weight_VD.T).to(wide))
-            parts.append(_of_chunk(z_nV, labels_N[rows], None if teacher is None else teacher[rows]))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _of_chunk(z_nV: Tensor, labels_n: Tensor, teacher: Cached | None) -> dict[str, Tensor]:
+    if isinstance(teacher, CachedTopK) and not teacher.ids.shape[1]:
+        teacher = None  # k = 0: it knows the labels' log-probs alone
+    z_nV = head.finish_logits(products_nV.to(reduction_dtype(products_nV.dtype), copy=True))
     support = build_support(labels_n, teacher, z_nV.shape[1], z_nV.dtype)
     z_nS, likeliest_n = z_nV.gather(1, support.ids_NS), z_nV.argmax(-1)
     tail_nV = z_nV.scatter_(1, support.ids_NS, -torch.inf)
     tail_max_n = tail_nV.amax(-1)
     shift_n1 = tail_max_n.masked_fill(~support.has_tail_N, 0)[:, None]
-    student = coarse_student(z_nS, tail_max_n, (tail_nV - shift_n1).exp().sum(-1).log(), support)
+    student = coarse_student(z_nS, tail_max_n, tail_nV.sub_(shift_n1).exp_().sum(-1).log(), support)
     metrics = {"nll": -student.log_p_label_N}
     cached = support.cached(student)
     if cached is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,34 +17,60 @@ from logitcache_train.settings import TrainSettings
 from logitcache_train.student import check_head
 
 
+def load_checkpoint(path: str, *, tokenizer_path: str | None = None, **how: Any) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        path: folder or hub id.
+        tokenizer_path: where the tokenizer is, if elsewhere.
+        how: handed to `from_pretrained`.
+
+    Raises:
+        InputError: no causal language model there, or an incomplete one.
+    """
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
+    except (OSError, ValueError, ImportError) as e:
+        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}: {e}") from e
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{path!r} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]!r}:"
+            " they would be random; use the complete checkpoint of a causal language model"
+        )
+    return model, tokenizer
+
+
+def check_folder(path: str, option: str) -> None:
+    """Refuse what can be no hub id and is no folder: asked for it, the hub would answer with a riddle.
+
+    Args:
+        path: what a user gave.
+        option: what with, for the message.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise InputError(f"{option} {path}: no such folder")
+
+
 def load_student(settings: TrainSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, in training dtype on the CPU, and its tokenizer.
 
     Raises:
         InputError: no causal language model there, an incomplete one, or adapters.
     """
-    path = settings.student
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"--student {path}: no such folder")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attn_implementation,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as e:
-        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}: {e}") from e
+    check_folder(settings.student, "--student")
+    model, tokenizer = load_checkpoint(
+        settings.student,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attn_implementation,
+    )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
-            f"{path!r} holds adapters, not a whole model; merge them into their base first (merge_and_unload of peft,"
-            " then save_pretrained), or go on training them with --resume_from_checkpoint"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{path!r} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]!r}:"
-            " they would be random; use the complete checkpoint of a causal language model"
+            f"{settings.student!r} holds adapters, not a whole model; merge them into their base first"
+            " (merge_and_unload of peft, then save_pretrained), or go on training them with --resume_from_checkpoint"
         )
     return model, tokenizer
 

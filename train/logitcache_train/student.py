@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from logitcache_storage.errors import InputError
 from logitcache_train.collate import Layout, TrainingSample, collate
 from logitcache_train.fused import fused_loss_and_metrics
+from logitcache_train.head import Head
 from logitcache_train.held_out import held_out_metrics
 from logitcache_train.objectives import Objective
 
@@ -84,19 +85,26 @@ def make_student(model: Any, objective: Objective, *, vocab_size: int) -> None:
         inputs = {name: value for name, value in inputs.items() if value is not None}
         hidden_ND = gather_hidden(self, inputs, targets.rows_N)
 
+        def observe(head: Head, products_nV: Tensor, rows: slice) -> dict[str, Tensor]:
+            teacher = targets.cached.get("teacher")
+            here = None if teacher is None else teacher[rows]
+            return held_out_metrics(head, products_nV, targets.labels_N[rows], here)
+
         def loss_and_metrics(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> dict[str, Any]:
-            head: dict[str, Any] = {
-                "bias": bias_V,
-                "logit_softcap": settings.softcap,
-                "logit_scale": settings.scale,
-                "vocab_size": vocab_size,
-            }
-            labels_N, cached = targets.labels_N, targets.cached
             loss, metrics = fused_loss_and_metrics(
-                hidden_ND, weight_VD, labels_N, objective, cached, targets.columns, targets.num_items, **head
+                hidden_ND,
+                weight_VD,
+                targets.labels_N,
+                objective,
+                targets.cached,
+                targets.columns,
+                targets.num_items,
+                bias=bias_V,
+                logit_softcap=settings.softcap,
+                logit_scale=settings.scale,
+                vocab_size=vocab_size,
+                observe=observe if held_out else None,
             )
-            if held_out:
-                metrics = {**metrics, **held_out_metrics(hidden_ND, weight_VD, labels_N, cached.get("teacher"), **head)}
             return {"loss": loss, "metrics": {name: values_N.sum() for name, values_N in metrics.items()}}
 
         return self.get_output_embeddings()(hidden_ND, loss_and_metrics)
