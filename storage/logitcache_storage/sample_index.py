@@ -69,11 +69,13 @@ def load_index(plan: PlanRecord, read: Callable[[PlanPart], Places], *, where: s
     Raises:
         CorruptionError: a sample's rows lie outside its shard.
     """
-    columns = [_empty(plan.num_samples, np.uint16, where) for _ in PLACE_COLUMNS]
     sizes = np.asarray(plan.shard_num_rows, dtype=np.int64)
+    # Of shards and their rows the plan knows how many there are; columns of lengths are widened where one needs it.
+    types = [np.uint16 if most <= 1 << 16 else np.int32 for most in (len(sizes), sizes.max(initial=0), 0, 0)]
+    columns = [_empty(plan.num_samples, dtype, where) for dtype in types]
     with ThreadPoolExecutor(NUM_READERS) as pool:
-        for n in range(0, len(plan.parts), 4 * NUM_READERS):
-            parts = plan.parts[n : n + 4 * NUM_READERS]
+        for n in range(0, len(plan.parts), 2 * NUM_READERS):
+            parts = plan.parts[n : n + 2 * NUM_READERS]
             for part, places in zip(parts, pool.map(read, parts), strict=True):
                 check_inside_shards(places, sizes, where)
                 start, stop = part.first_sample, part.first_sample + part.num_samples

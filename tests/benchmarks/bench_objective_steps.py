@@ -2,11 +2,11 @@
 
 Model: two layers of the shape of Qwen2.5-0.5B (D = 896, V = 151,936, tied head), random, float32; 16 samples of 128
 targets, N = 2,048, k = 64, with the columns that objectives know. A step is forward and backward; the optimizer's part
-is the same for all. Every round has a step of plain SFT, one of `target_sft`, and some of the others; a ratio is the
-median over rounds of the ratio within a round, by the clock and by the CPU time of the process, which other work on the
-machine disturbs less. `model(labels=...)` makes logits of prompts, too: it is compared on samples without a prompt, and
-on samples whose prompt is as long as their response. Peak memory is that of head and loss as in `bench_fused_loss.py`,
-in units of `CHUNK_BYTES`.
+is the same for all. Every step is put between two that it is compared with, and divided by their mean: the speed of a
+machine that others use, too, drifts within a minute by more than what is measured. The ratios are medians over rounds,
+by the clock and by the CPU time of the process. `model(labels=...)` makes logits of prompts, too: it is compared on
+samples without a prompt, and on samples whose prompt is as long as their response. Peak memory is that of head and loss
+as in `bench_fused_loss.py`, in units of `CHUNK_BYTES`.
 
     python tests/benchmarks/bench_objective_steps.py
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,13 @@ from logitcache_train.student import make_student
 
 LABELS, PROMPTED = "model(labels=...)", " with prompts"
 VOCAB_SIZE, HIDDEN_SIZE, NUM_SAMPLES, NUM_TARGETS, K = 151_936, 896, 16, 128, 64
-NUM_THREADS, ROUNDS = 2, 4
+NUM_THREADS, ROUNDS = 2, 3
+COMPARED = {
+    "sft": [name for name in OBJECTIVES if name != "sft"],
+    LABELS: ["sft", "target_sft"],
+    LABELS + PROMPTED: ["target_sft" + PROMPTED],
+}
+"""What the steps are compared with, and which."""
 BOUNDS = {"target_sft": 1.05, "gem": 1.3}
 """Of the time over plain SFT; it is 1.15 for the others, and 0.6 for `target_sft` over `model(labels=...)`."""
 MEMORY_BOUND = 1.1
@@ -43,27 +50,26 @@ Step = Callable[[], None]
 def run() -> dict[str, Any]:
     """Ratios by wall and by CPU time, memory in chunks, and what is above its bound."""
     torch.set_num_threads(NUM_THREADS)
-    rounds = measure(make_steps())
-    ratios = {}
-    for clock, seconds in enumerate(("wall", "cpu")):
-        ratios[f"{seconds}_over_sft"] = {o: _ratio(rounds, clock, o, "sft") for o in OBJECTIVES if o != "sft"}
-        ratios[f"{seconds}_over_model_labels"] = {
-            "sft": _ratio(rounds, clock, "sft", LABELS),
-            "target_sft": _ratio(rounds, clock, "target_sft", LABELS),
-            "target_sft" + PROMPTED: _ratio(rounds, clock, "target_sft" + PROMPTED, LABELS + PROMPTED),
+    found = measure(make_steps())
+    ratios = {
+        f"{clock}_over_{'sft' if base == 'sft' else 'model_labels'}{'_with_prompts' * base.endswith(PROMPTED)}": {
+            name.removesuffix(PROMPTED): round(statistics.median(r[i] for r in found[name, base]), 3) for name in names
         }
+        for i, clock in enumerate(("wall", "cpu"))
+        for base, names in COMPARED.items()
+    }
     paths = ("sft", "target_sft", "gem")
     chunks = {name: round(bench_fused_loss.extra_bytes(name) / CHUNK_BYTES["cpu"], 3) for name in paths}
     return {
-        "sft_seconds": round(statistics.median(r["sft"][0] for r in rounds), 2),
         **ratios,
         "peak_memory_in_chunks": chunks,
         "above_bound": [
             *(o for o, ratio in ratios["wall_over_sft"].items() if ratio > BOUNDS.get(o, 1.15)),
             *(
-                f"{o} over {LABELS}"
-                for o, ratio in ratios["wall_over_model_labels"].items()
-                if o != "sft" and ratio > 0.6
+                f"{name} over {base}"
+                for base in (LABELS, LABELS + PROMPTED)
+                for name in COMPARED[base]
+                if name.startswith("target_sft") and statistics.median(r[0] for r in found[name, base]) > 0.6
             ),
             *(f"memory of {name}" for name, ratio in chunks.items() if ratio > MEMORY_BOUND),
         ],
@@ -113,27 +119,24 @@ def make_steps() -> dict[str, Callable[[], None]]:
     }
 
 
-def measure(steps: dict[str, Step]) -> list[dict[str, tuple[float, float]]]:
-    """For each round, of the steps in it, wall and CPU seconds."""
-    others = [name for name in OBJECTIVES if name not in ("sft", "target_sft")]
-    labels = {0: [LABELS], 1: ["target_sft" + PROMPTED, LABELS + PROMPTED], 2: [LABELS]}
+def measure(steps: dict[str, Step]) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """For each pair of what is measured and what it is compared with: a ratio of wall and of CPU time a round."""
     steps["sft"]()  # warms up
-    rounds = []
-    for number in range(ROUNDS):
-        names = ["sft", "target_sft", *others[number::ROUNDS], *labels.get(number, [])]
-        rounds.append({name: _seconds(steps[name]) for name in names})
-    return rounds
+    ratios = defaultdict(list)
+    for _ in range(ROUNDS):
+        for base, names in COMPARED.items():
+            before = _seconds(steps[base])
+            for name in names:
+                found, after = _seconds(steps[name]), _seconds(steps[base])
+                ratios[name, base].append(tuple(2 * t / (a + b) for a, t, b in zip(before, found, after, strict=True)))
+                before = after
+    return ratios
 
 
 def _seconds(step: Step) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     step()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _ratio(rounds: list[dict[str, tuple[float, float]]], clock: int, name: str, base: str) -> float:
-    both = [r for r in rounds if name in r and base in r]
-    return round(statistics.median(r[name][clock] / r[base][clock] for r in both), 3)
 
 
 def _reset(model: Any) -> None:

@@ -31,7 +31,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from bench_storage import SAMPLE_ROWS, SHARD_ROWS, VOCAB_SIZE, K, make_rows
+from bench_storage import SAMPLE_ROWS, SHARD_ROWS
+from teacher_rows import VOCAB_SIZE, K, synthetic_rows
 
 from logitcache_storage import Cache
 from logitcache_storage.commit import create_or_continue, new_attempt, write_manifest
@@ -299,7 +300,7 @@ def _summary(found: list[dict[str, float]], log: list[str], cache: Cache) -> dic
 
 
 def _write(url: str, options: dict[str, Any]) -> None:
-    rows = make_rows(SHARD_ROWS, seed=0)
+    rows, _ = synthetic_rows(SHARD_ROWS)
     ranges = np.array([[1, SAMPLE_ROWS + 1]], np.int32)
     labels = rows.ids[np.arange(len(rows)), (rows.log_probs == rows.label_log_prob[:, None]).argmax(1)]
     starts = range(0, len(rows), SAMPLE_ROWS)

@@ -1,5 +1,7 @@
 """Rows to measure encodings with: synthetic ones whose statistics are stated, and those of a real teacher.
 
+torch is imported for the latter only: processes whose memory is measured draw synthetic ones.
+
 Shapes: N rows, k kept ids, V vocabulary.
 """
 
@@ -9,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gsm8k_models import encode, ensure_models, read_records
 
 from logitcache_storage import TopKLogProbs
 
@@ -71,6 +72,8 @@ def gsm8k_rows(models: Path) -> tuple[TopKLogProbs, int]:
 
     The models are trained, and the records scored, where the folder does not hold them yet.
     """
+    from gsm8k_models import ensure_models
+
     ensure_models(models)
     scored = models / "teacher-rows.npz"
     if not scored.exists() or scored.stat().st_mtime < (models / "DONE").stat().st_mtime:
@@ -85,6 +88,7 @@ def gsm8k_rows(models: Path) -> tuple[TopKLogProbs, int]:
 def _score(teacher: Path, output: Path) -> None:
     """In float32, but for the softmax, which is taken in float64."""
     import torch
+    from gsm8k_models import encode, read_records
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher).eval(), AutoTokenizer.from_pretrained(teacher)
