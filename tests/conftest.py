@@ -117,6 +117,19 @@ def count_fault(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return count
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that prints the summary."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = dict(session.config.stash.get(_FAULTS, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Adds up what the workers of pytest-xdist have counted."""
+    counts = node.config.stash.setdefault(_FAULTS, Counter())
+    counts.update(getattr(node, "workeroutput", {}).get("faults", {}))
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How many faults the tests have injected."""
     counts = config.stash.get(_FAULTS, Counter())

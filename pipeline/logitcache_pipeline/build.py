@@ -16,23 +16,24 @@ import numpy as np
 from logitcache_pipeline.cluster import Cluster, check_reachable, node_hardware, ray_cluster
 from logitcache_pipeline.estimate import estimate, render_estimate
 from logitcache_pipeline.log import Log, Say
+from logitcache_pipeline.losses import find_losses, set_aside_incomplete
 from logitcache_pipeline.metrics import BuildMetrics
 from logitcache_pipeline.plan import render_report
 from logitcache_pipeline.prepare import Prepared, prepare, prepare_extension, write_extension, write_plan
 from logitcache_pipeline.report import RunReport, save_report
 from logitcache_pipeline.settings import BuildSettings
-from logitcache_pipeline.watch import RunWatcher
+from logitcache_pipeline.watch import RunWatcher, wait_for_store
 from logitcache_pipeline.worker import ScoringWorker, ShardTask, TeacherSettings
 from logitcache_storage.commit import (
     MANIFEST_PATH,
     committed_shards,
     create_or_continue,
     load_commits,
-    load_quarantine,
+    new_attempt,
     write_manifest,
 )
 from logitcache_storage.errors import BuildError, InputError, LogitCacheError, MismatchError
-from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.objects import ObjectStore, check_writable, open_store
 from logitcache_storage.plans import Plans, join_plans, load_plan, load_plans
 from logitcache_storage.progress import progress
 from logitcache_storage.samples import SamplesTable
@@ -57,7 +58,7 @@ def build(
 
     Raises:
         InputError: something is wrong that can be known before the first shard.
-        BuildError: more shards are quarantined than `allow_quarantine` says; all others are committed.
+        BuildError: more samples are quarantined than `allow_quarantine` says; all others are committed.
     """
     log = Log(say, settings.log_format == "json")
     if settings.dry_run:
@@ -69,6 +70,8 @@ def build(
         prepared = _extend(store, prepared, log)
     with ray_cluster(settings.ray_address, settings.workers, settings.devices_per_worker) as cluster:
         plan, dtype = _claim(store, prepared, cluster, log)
+        if settings.retry_quarantine:
+            set_aside_incomplete(store, plan, log)
         tasks = remaining_tasks(store, plan)
         if tasks:
             if len(tasks) < len(plan.shard_num_rows):
@@ -80,8 +83,9 @@ def build(
             path = _seen_from_anywhere(settings.teacher) if Path(settings.teacher).is_dir() else settings.teacher
             teacher = TeacherSettings(settings.engine, path, dtype, settings.teacher_options)
             make_worker = cluster.actor_maker(ScoringWorker, store.url, storage_options, teacher)
+            _say_what_scores(settings, cluster, min(cluster.num_workers, len(tasks)), log)
             _score(store, plan, tasks, make_worker, cluster, settings, log)
-    finish(store, plan, log, settings.allow_quarantine)
+    wait_for_store(lambda: finish(store, plan, log, settings.allow_quarantine), log)
 
 
 def dry_run(
@@ -114,10 +118,10 @@ def remaining_tasks(store: ObjectStore, plan: PlanRecord) -> list[ShardTask]:
 
 
 def finish(store: ObjectStore, plan: PlanRecord, log: Log, allow_quarantine: int = 0) -> None:
-    """Write the manifest of a complete cache, or say what is missing: every shard, and why.
+    """Write the manifest, if every shard is there; say what is missing: each shard and each sample, and why.
 
     Raises:
-        BuildError: more shards are missing than `allow_quarantine`.
+        BuildError: more samples are missing than `allow_quarantine`.
     """
     num_shards = len(plan.shard_num_rows)
     records = load_commits(store, num_shards)
@@ -127,26 +131,22 @@ def finish(store: ObjectStore, plan: PlanRecord, log: Log, allow_quarantine: int
         now = load_plan(store)
         if now is not None and len(now.shard_num_rows) == num_shards:  # else another build is extending the cache
             write_manifest(store, records)
+    if len(records) == num_shards and num_rows == plan.num_rows:
         text = (
             f"complete: {plan.num_samples:,} samples, {plan.num_rows:,} target tokens in {len(records):,} shards,"
             f" {num_bytes / 1e6:,.1f} MB ({num_bytes / plan.num_rows:.1f} bytes per target token)"
         )
         log.info("complete", text, samples=plan.num_samples, target_tokens=num_rows, shards=num_shards, bytes=num_bytes)
         return
-    quarantined = load_quarantine(store)
-    missing = [shard for shard in range(num_shards) if shard not in records]
-    reasons = {
-        shard: quarantined[shard].reasons[-1] if shard in quarantined and quarantined[shard].reasons else "not tried"
-        for shard in missing
-    }
+    losses = find_losses(store, plan, records)
     text = (
-        f"{len(missing):,} of {num_shards:,} shards could not be scored; the others are committed.\n"
-        + "\n".join(f"  shard {shard}: {reason}" for shard, reason in reasons.items())
-        + f"\nmend the cause and run the same command to score them; 'logitcache status {store.url}' lists all"
+        f"{losses.summary(num_shards)}; all others are committed.\n"
+        + "\n".join(f"  {line}" for line in losses.lines())
+        + f"\n{losses.remedy()}; 'logitcache status {store.url}' lists all"
     )
-    if len(missing) > allow_quarantine:
+    if losses.num_samples > allow_quarantine:
         raise BuildError(text)
-    log.warning("done_with_losses", text, lost={str(shard): reason for shard, reason in reasons.items()})
+    log.warning("done_with_losses", text, **losses.as_json())
 
 
 def _prepare(
@@ -156,8 +156,11 @@ def _prepare(
 ) -> tuple[ObjectStore, Prepared]:
     if settings.ray_address is not None:
         check_reachable(settings.ray_address)
-    prepared = prepare(settings, data_storage_options)
-    return open_store(_seen_from_anywhere(settings.cache), storage_options), prepared
+    store = open_store(_seen_from_anywhere(settings.cache), storage_options)
+    if not settings.dry_run:
+        # Now, and not when a large corpus has been read. What a process that dies leaves of it, gc takes away.
+        check_writable(store, f"samples/{new_attempt()}-00000.index")
+    return store, prepare(settings, data_storage_options)
 
 
 def _seen_from_anywhere(path: str) -> str:
@@ -208,6 +211,22 @@ def _extend(store: ObjectStore, prepared: Prepared, log: Log) -> Prepared:
         log.info("planning_again", "another build has extended the cache meanwhile: planning behind it")
 
 
+def _say_what_scores(settings: BuildSettings, cluster: Cluster, num_workers: int, log: Log) -> None:
+    """What the command line does not say of the workers."""
+    if settings.engine == "vllm":
+        from transformers import AutoConfig
+
+        from logitcache_pipeline.engines.vllm import choose_route
+
+        config = AutoConfig.from_pretrained(settings.teacher)
+        architecture, route = choose_route(config, settings.engine_options.get("route"))
+        text = f"vLLM scores {architecture} by the route {route}"
+        log.info("route", text, architecture=architecture, route=route)
+    if cluster.num_placeable < num_workers:
+        text = f"{num_workers:,} workers are wanted, and there is room for {cluster.num_placeable:,}: the others wait"
+        log.info("workers_wait", text, wanted=num_workers, placeable=cluster.num_placeable)
+
+
 def _score(
     store: ObjectStore,
     plan: PlanRecord,
@@ -243,7 +262,10 @@ def _score(
 def _save_report(store: ObjectStore, entry: dict[str, Any], log: Log) -> None:
     """What the run took is no reason for it to fail."""
     try:
-        save_report(store, entry)
+        if "error" in entry:  # whoever stops a run does not wait for its report
+            save_report(store, entry)
+        else:
+            wait_for_store(lambda: save_report(store, entry), log)
     except LogitCacheError as e:
         log.warning("report_not_written", f"the report of this run could not be written: {e}")
         return

@@ -1,4 +1,14 @@
-"""The Ray cluster a build runs on: one that is there, or a local one that lives as long as the build."""
+"""The Ray cluster a build runs on: one that is there, or a local one that lives as long as the build.
+
+A worker is one actor on one node. All that are wanted are asked for at once: those that find no room stay pending,
+which is what makes Ray's autoscaler start nodes, and begin to score when a node has come. A worker of several GPUs
+(tensor parallelism) needs no placement group, because Ray finds the GPUs of one actor on one node; vLLM's own processes
+inherit the devices that Ray gave to it.
+
+Workers pull shards, the longest first, so fast ones score more than slow ones and all end at about the same time. Each
+loads the weights by itself: from a folder that every node sees, or from the hub, which stores them once per node under
+a lock. Workers of one node read the same files, from memory after the first.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +34,19 @@ class Cluster:
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
+    num_placeable: int
+    """For how many there is room at present."""
 
     def actor_maker(self, actor_class: type, *args: Any) -> Callable[[], Any]:
-        """A function that makes one actor of the class; Ray restarts its process when it dies, never its calls."""
+        """A function that makes one actor of the class; Ray repeats nothing when it dies, which the driver decides."""
         import ray
 
         remote = ray.remote(actor_class).options(
-            num_cpus=self.cpus_per_worker, num_gpus=self.gpus_per_worker, max_restarts=-1, max_task_retries=0
+            num_cpus=self.cpus_per_worker,
+            num_gpus=self.gpus_per_worker,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=2,  # a shard is written while the next one is scored
         )
         return lambda: remote.remote(*args)
 
@@ -63,7 +79,8 @@ def ray_cluster(address: str | None, workers: int | None, gpus_per_worker: float
 
     Args:
         address: of a running cluster; None starts one on this machine, with all its cores and GPUs.
-        workers: how many actors; None: as many as the cluster's GPUs carry, or one on CPUs.
+        workers: how many actors; None: as many as the cluster's GPUs carry, or one on CPUs. Those that find no room
+            wait for a node to join, be it all of them.
         gpus_per_worker: may be a fraction; None: one where the cluster has GPUs, else none.
 
     Raises:
@@ -88,36 +105,45 @@ def ray_cluster(address: str | None, workers: int | None, gpus_per_worker: float
         raise _no_cluster(address, e) from e
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield decide_workers(nodes, workers, gpus_per_worker)
+        yield decide_workers(nodes, workers, gpus_per_worker, may_grow=address is not None)
     finally:
         ray.shutdown()
 
 
-def decide_workers(nodes: Sequence[Mapping[str, float]], workers: int | None, gpus_per_worker: float | None) -> Cluster:
+def decide_workers(
+    nodes: Sequence[Mapping[str, float]],
+    workers: int | None,
+    gpus_per_worker: float | None,
+    *,
+    may_grow: bool = False,
+) -> Cluster:
     """How many workers there will be, and what each may use.
 
     Args:
         nodes: the resources of each node, as Ray names them ("CPU", "GPU").
-        workers: see `ray_cluster`; those that find no room wait for a node.
+        workers: see `ray_cluster`.
         gpus_per_worker: see `ray_cluster`.
+        may_grow: nodes may join.
 
     Raises:
-        InputError: no node has that many GPUs.
+        InputError: no node has that many GPUs, and none may join or nobody said how many workers to wait for.
     """
     num_gpus = sum(node.get("GPU", 0.0) for node in nodes)
     gpus = gpus_per_worker if gpus_per_worker is not None else float(num_gpus > 0)
     if gpus > 0:
-        if (room := _room(nodes, "GPU", gpus)) == 0:
+        room = _room(nodes, "GPU", gpus)
+        if room == 0 and not (may_grow and workers):
+            wait = "; where nodes will join, say for how many workers to wait with --workers N" if may_grow else ""
             raise InputError(
                 f"gpus_per_worker is {gpus:g}, and no node of the Ray cluster has as many (it has {num_gpus:g} GPUs on"
-                f" {len(nodes)} nodes); add GPU nodes, or score on CPUs with --gpus-per-worker 0"
+                f" {len(nodes)} nodes); add GPU nodes, or score on CPUs with --gpus-per-worker 0{wait}"
             )
-        return Cluster(workers or room, 1.0, gpus)
+        return Cluster(workers or room, 1.0, gpus, room)
     num_workers = workers or 1
     # As many cores as let all find room: Ray tells torch how many threads an actor may use by its CPUs.
     most = int(max((node.get("CPU", 0.0) for node in nodes), default=0.0))
     cores = next((n for n in range(most, 1, -1) if _room(nodes, "CPU", n) >= num_workers), 1)
-    return Cluster(num_workers, float(cores), 0.0)
+    return Cluster(num_workers, float(cores), 0.0, _room(nodes, "CPU", cores))
 
 
 def _room(nodes: Iterable[Mapping[str, float]], resource: str, amount: float) -> int:

@@ -56,6 +56,8 @@ TEXT_SHARE = 0.75
 """As much of that may be left where they have: text repeats itself."""
 BYTES_PER_ROW = 10
 """Of what a row has besides."""
+BYTES_PER_LABEL = (2.0, 4.2)
+"""Of a row with k = 0, at least and at most."""
 
 
 def estimate(store: ObjectStore, prepared: Prepared) -> dict[str, Any]:
@@ -253,12 +255,13 @@ def _packed_bytes(topk: TopKLogProbs, identity: CacheIdentity) -> int:
 
 
 def _typical_bytes(identity: CacheIdentity, summary: PlanSummary) -> dict[str, Any]:
-    most = BYTES_PER_ENTRY[identity.container][identity.precision] * identity.k
-    least = TEXT_SHARE * most if identity.kept_mass == 1.0 else 0.0
+    entries = BYTES_PER_ENTRY[identity.container][identity.precision] * identity.k
+    least = TEXT_SHARE * entries if identity.kept_mass == 1.0 else 0.0
+    low, high = (least + BYTES_PER_ROW, entries + BYTES_PER_ROW) if identity.k else BYTES_PER_LABEL
     return {
         "total": None,
-        "low": round((least + BYTES_PER_ROW) * summary.num_rows),
-        "high": round((most + BYTES_PER_ROW) * summary.num_rows),
+        "low": round(low * summary.num_rows),
+        "high": round(high * summary.num_rows),
         "per_target_token": None,
         "sampled_target_tokens": 0,
     }
@@ -315,7 +318,7 @@ def _dtype(settings: BuildSettings) -> str:
 
 
 def _load(settings: BuildSettings, dtype: str) -> Teacher:
-    """The teacher as one worker has it: on a CPU with its share of the cores."""
+    """The teacher as one worker has it: on a CPU with its share of the cores. vLLM takes the devices that it sees."""
     import torch
     from transformers.utils import logging
 
@@ -323,7 +326,7 @@ def _load(settings: BuildSettings, dtype: str) -> Teacher:
     on_gpu = _on_gpu(settings)
     if settings.ray_address is None and not on_gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // (settings.workers or 1)))
-    device = None if on_gpu else "cpu"
+    device = None if on_gpu or settings.engine == "vllm" else "cpu"
     return load_teacher(settings.engine, settings.teacher, dtype, device, **settings.teacher_options)
 
 

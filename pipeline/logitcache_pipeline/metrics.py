@@ -50,7 +50,7 @@ class BuildMetrics:
 
     def committed(self, outcome: ShardOutcome, worker: str) -> None:
         """A shard is in the store; `worker` is HOST:PID."""
-        self._num_left -= outcome.num_rows
+        self._num_left -= outcome.num_rows + sum(sample.num_rows for sample in outcome.excluded)
         self._left.set(self._num_left)
         if not outcome.scored:
             return

@@ -113,7 +113,7 @@ def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None =
 
     config = _load("config", AutoConfig, settings.teacher).get_text_config()
     if settings.k > config.vocab_size:
-        raise InputError(f"k must be between 1 and the teacher's vocabulary size {config.vocab_size}, got {settings.k}")
+        raise InputError(f"k must be at most the teacher's vocabulary size {config.vocab_size}, got {settings.k}")
     tokenizer = _load("tokenizer", AutoTokenizer, settings.teacher)
     longest = getattr(config, "max_position_embeddings", None)
     if settings.max_length is not None and longest is not None and settings.max_length > longest:

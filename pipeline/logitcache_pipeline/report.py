@@ -21,6 +21,7 @@ from logitcache_pipeline.worker import ShardOutcome
 from logitcache_storage.commit import REPORT_PATH
 from logitcache_storage.errors import ObjectNotFoundError
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.schema import ExcludedSample
 
 MAX_RUNS = 100
 PACKAGES = ("logitcache", "numpy", "pyarrow", "ray", "tokenizers", "torch", "transformers", "vllm", "zarr")
@@ -58,8 +59,9 @@ class RunReport:
         self._workers: dict[int, _Worker] = {}
         self._num_scored = self._num_found = 0
         self._num_rows = self._num_tokens = self._num_bytes = 0
-        self._num_failed_attempts = self._num_failed_starts = 0
+        self._num_failed_attempts = self._num_failed_starts = self._num_given_back = 0
         self._quarantine: dict[int, str] = {}
+        self._excluded: dict[int, tuple[ExcludedSample, ...]] = {}
 
     def worker_started(self, worker: int, name: str) -> None:
         """A worker has loaded its teacher."""
@@ -67,6 +69,8 @@ class RunReport:
 
     def committed(self, outcome: ShardOutcome, worker: int) -> None:
         """A shard is in the store."""
+        if outcome.excluded:
+            self._excluded[outcome.shard] = outcome.excluded
         if not outcome.scored:
             self._num_found += 1
             return
@@ -83,6 +87,10 @@ class RunReport:
     def attempt_failed(self) -> None:
         """An attempt at a shard has failed."""
         self._num_failed_attempts += 1
+
+    def given_back(self) -> None:
+        """An attempt at a shard has ended through no fault of it."""
+        self._num_given_back += 1
 
     def quarantined(self, shard: int, reason: str) -> None:
         """A shard has used up its attempts; `reason` is that of the last."""
@@ -118,7 +126,13 @@ class RunReport:
             "retries": self._num_failed_attempts - len(self._quarantine),
             "failed_attempts": self._num_failed_attempts,
             "failed_starts": self._num_failed_starts,
+            "given_back": self._num_given_back,
             "quarantine": {str(shard): reason for shard, reason in sorted(self._quarantine.items())},
+            "quarantined_samples": [
+                {"shard": shard, "key": sample.key, "source_ids": sample.source_ids, "reason": sample.reason}
+                for shard, samples in sorted(self._excluded.items())
+                for sample in samples
+            ],
             "workers": [_worker_entry(number, it, now) for number, it in sorted(self._workers.items())],
             "settings": self._settings,
             "hardware": {"driver": platform.node(), "platform": platform.platform(), "nodes": self._nodes},
@@ -129,7 +143,7 @@ class RunReport:
     def _outcome(self, error: BaseException | None) -> str:
         if error is not None:
             return "failed" if isinstance(error, Exception) else "interrupted"
-        return "quarantined" if self._quarantine else "complete"
+        return "quarantined" if self._quarantine or self._excluded else "complete"
 
 
 def save_report(store: ObjectStore, entry: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,13 @@ SPARE_IDS = 64
 
 
 def rescore_samples(
-    cache: Cache, num_samples: int, *, teacher: str | None = None, seed: int = 0, quiet: bool = True
+    cache: Cache,
+    num_samples: int,
+    *,
+    teacher: str | None = None,
+    engine_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    quiet: bool = True,
 ) -> RescoreReport:
     """Score random committed samples again and compare them with the cache.
 
@@ -33,6 +39,7 @@ def rescore_samples(
         cache: an open cache.
         num_samples: how many, at least 1; all where the cache has fewer.
         teacher: folder or hub id of the model; None: where the cache's identity found it.
+        engine_options: for `load_teacher`; None: the engine's defaults.
         seed: of the choice of samples.
         quiet: show no progress.
 
@@ -46,7 +53,7 @@ def rescore_samples(
     if not len(cache):
         raise InputError(f"{cache.store.url} has no committed sample to score again; 'logitcache status' says why")
     path = teacher or cache.identity.teacher.id
-    model = _load(path, cache.identity)
+    model = _load(path, cache.identity, engine_options or {})
     chosen = np.random.default_rng(seed).choice(len(cache), min(num_samples, len(cache)), replace=False)
     indices = np.sort(chosen).tolist()
     parts: list[Agreement] = []
@@ -68,7 +75,7 @@ class _Place(NamedTuple):
     position: int
 
 
-def _load(path: str, identity: CacheIdentity) -> Teacher:
+def _load(path: str, identity: CacheIdentity, options: Mapping[str, Any]) -> Teacher:
     cached = identity.teacher
     if cached.dtype not in ARITHMETIC_NATS:
         known = ", ".join(ARITHMETIC_NATS)
@@ -83,7 +90,7 @@ def _load(path: str, identity: CacheIdentity) -> Teacher:
             f"{path} is not the teacher of the cache (field: in the cache, found):\n  {listing}\n"
             "give the checkpoint that the cache was made with: --teacher"
         )
-    teacher = load_teacher(cached.engine, path, cached.dtype)
+    teacher = load_teacher(cached.engine, path, cached.dtype, **options)
     if teacher.vocab_size != identity.vocab_size:
         raise MismatchError(f"{path}: its head has {teacher.vocab_size} rows, the cache's {identity.vocab_size}")
     return teacher
@@ -91,7 +98,7 @@ def _load(path: str, identity: CacheIdentity) -> Teacher:
 
 def _compare(samples: Sequence[Sample], teacher: Teacher, identity: CacheIdentity) -> list[Agreement]:
     requests = [ScoringRequest(sample.input_ids, sample.target_positions) for sample in samples]
-    answers = teacher.score(requests, min(identity.k + SPARE_IDS, identity.vocab_size))
+    answers = teacher.score(requests, min(identity.k + SPARE_IDS, identity.vocab_size) if identity.k else 0)
     return [
         agreement(sample.topk, answer, precision=identity.precision, dtype=identity.teacher.dtype)
         for sample, answer in zip(samples, answers, strict=True)
@@ -101,19 +108,19 @@ def _compare(samples: Sequence[Sample], teacher: Teacher, identity: CacheIdentit
 def _report(
     path: str, seed: int, num_samples: int, rows: Agreement, places: Sequence[_Place], identity: CacheIdentity
 ) -> RescoreReport:
-    dtype = identity.teacher.dtype
+    dtype, has_ids = identity.teacher.dtype, identity.k > 0
     worst = int(np.argmax(rows.severity))
     return RescoreReport(
         teacher=path,
         seed=seed,
         num_samples=num_samples,
         num_rows=len(places),
-        kept=Difference(float(rows.kept.max()), float(rows.kept_sum.sum() / rows.num_kept.sum())),
+        kept=Difference(float(rows.kept.max()), float(rows.kept_sum.sum() / rows.num_kept.sum())) if has_ids else None,
         label=Difference(float(rows.label.max()), float(rows.label.mean())),
-        tail=Difference(float(rows.tail.max()), float(rows.tail.mean())),
-        kl_mean=float(rows.kl.mean()),
-        kl_largest=float(rows.kl.max()),
-        top_1_agreement=float(rows.same_top_1.mean()),
+        tail=Difference(float(rows.tail.max()), float(rows.tail.mean())) if has_ids else None,
+        kl_mean=float(rows.kl.mean()) if has_ids else None,
+        kl_largest=float(rows.kl.max()) if has_ids else None,
+        top_1_agreement=float(rows.same_top_1.mean()) if has_ids else None,
         allowed=ARITHMETIC_NATS[dtype],
         agrees=agrees(rows, dtype=dtype),
         worst_key=places[worst].key,

@@ -1,15 +1,20 @@
 """The driver's loop: hands shards to Ray actors until each is committed or has used up its attempts.
 
     what comes back                          the actor            the shard
-    its outcome                              takes the next       committed
+    its rows are there                       takes the next       is written meanwhile
+    its outcome                                                   committed
     an exception of the task                 takes the next       another attempt
-    ActorUnavailableError (it restarts)      is started again     another attempt
-    another RayError (the actor is gone)     is replaced          another attempt
+    WorkerStoppingError (SIGTERM)            is replaced          given back, at no cost
+    StoreUnavailableError                    waits for the store  is asked for again, at no cost, for a while
+    RayError (the actor is gone)             is replaced          another attempt; given back if it was leaving
     nothing until the deadline               is killed, replaced  another attempt
 
-A shard that has used up its attempts is reported to `quarantine` with the reason of each. A shard's clock starts when
-its actor has answered that it has started, so that waiting for a node or for the teacher's weights costs no attempt.
-An actor that fails to start is replaced as often as a shard is attempted, then done without.
+An actor has at most one shard in the teacher and one behind it, whose rows are on their way into the store. When it
+dies, the one in the teacher has failed, and the other is given back. What becomes of a failed shard, `attempts` says.
+
+An actor whose node is being drained takes no further shard and is replaced when it has nothing in hand. A shard's clock
+starts when its actor has answered that it has started, so that waiting for a node or for the teacher's weights costs no
+attempt. An actor that fails to start is replaced as often as a shard is attempted, then done without.
 
 What an event costs does not grow with the number of shards, and memory holds nothing of a shard that is committed: with
 shards of a second, one driver keeps hundreds of workers busy.
@@ -17,23 +22,27 @@ shards of a second, one driver keeps hundreds of workers busy.
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from logitcache_pipeline.worker import ShardOutcome, ShardTask
-from logitcache_storage.errors import BuildError, InputError, LogitCacheError
+from logitcache_pipeline.attempts import AttemptObserver, Attempts
+from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo, WorkerStoppingError
+from logitcache_storage.errors import BuildError, InputError, LogitCacheError, StoreError, StoreUnavailableError
 
 POLL_SECONDS = 1.0
 FIRST_DEADLINE_SECONDS = 3600.0
 DEADLINE_FACTOR = 20.0
 LEAST_DEADLINE_SECONDS = 600.0
 WAITING_NOTE_SECONDS = 60.0
+STORE_PATIENCE_SECONDS = 900.0
+"""A store that is unavailable to a worker for longer costs the shard an attempt."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class RunSettings:
 
     num_workers: int = 1
     max_attempts: int = 3
-    """Attempts at a shard before it is quarantined, and at starting a worker before the run goes on without it."""
+    """Attempts at a shard before it is searched for bad samples, and at starting a worker before the run goes on
+    without it."""
     shard_deadline: float | None = None
     """Seconds an attempt may take; None: 20 times the slowest shard so far, at least 10 minutes, an hour at first."""
 
@@ -54,7 +64,7 @@ class RunSettings:
             raise InputError(f"shard_deadline must be above 0 seconds, got {self.shard_deadline}")
 
 
-class Observer(Protocol):
+class Observer(AttemptObserver, Protocol):
     """Who is told what happens. Workers are numbered from 0; one that is replaced hands its number on."""
 
     def worker_started(self, worker: int, name: str) -> None:
@@ -63,35 +73,61 @@ class Observer(Protocol):
     def committed(self, outcome: ShardOutcome, worker: int) -> None:
         """A shard is in the store."""
 
-    def failed(self, shard: int, attempt: int, reason: str) -> None:
-        """An attempt at a shard has failed."""
-
-    def quarantine(self, shard: int, reasons: list[str]) -> None:
-        """A shard has used up its attempts."""
-
     def worker_failed(self, reason: str) -> None:
         """A worker could not start."""
+
+    def worker_leaves(self, worker: int, reason: str) -> None:
+        """A worker takes no further shard, and another will start in its place."""
 
     def waiting(self, seconds: float) -> None:
         """No worker has scored anything for so long, because none has started."""
 
+    def store_waits(self, seconds: float, reason: str) -> None:
+        """A worker has waited for the store for so long."""
+
+
+_UNKNOWN = WorkerInfo("?")
+"""A worker that has not started."""
+
 
 @dataclass(eq=False)
 class _Slot:
-    """One actor and what it is doing: starting (no task) or scoring a task since `started`."""
+    """One actor and what it has in hand."""
 
     number: int
     actor: Any
-    name: str = ""
-    """What it called itself when it had started, for people."""
-    task: ShardTask | None = None
-    started: float = 0.0
+    info: WorkerInfo = _UNKNOWN
+    scoring: ShardTask | None = None
+    scored: ShardTask | None = None
+    """Its rows wait until what was scored before is written; meanwhile nothing is scored."""
+    writing: ShardTask | None = None
+    is_leaving: bool = False
     failed_starts: int = 0
+    unavailable_since: float | None = None
+    """When the store began not to answer it."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What an actor has been asked for, and has not answered."""
+
+    slot: _Slot
+    kind: Literal["start", "score", "commit"]
+    since: float
 
 
 def kill_actor(actor: Any) -> None:
     """End an actor's process; Ray starts no other in its place."""
     ray.kill(actor, no_restart=True)
+
+
+def draining_nodes() -> Container[str]:
+    """Nodes that are about to go: preempted, or no longer wanted by the autoscaler."""
+    try:
+        found: dict[str, int] = ray._private.state.state.get_draining_nodes()  # as Ray's own libraries ask, too
+    except (RayError, RuntimeError):  # through a Ray client, or while the cluster's head is started again
+        return ()
+    return found
 
 
 def run_shards(
@@ -104,8 +140,7 @@ def run_shards(
     """Score every shard, or report why not.
 
     Args:
-        tasks: the shards that are left; those with most tokens are scored first, because the last ones decide how long
-            some workers wait for the others.
+        tasks: the shards that are left; those with most tokens are scored first.
         make_worker: makes a Ray actor with the methods of `worker.ScoringWorker`.
         settings: number of workers, attempts, deadline.
         observer: told of every commit, failed attempt and quarantine, from this thread.
@@ -115,8 +150,7 @@ def run_shards(
         InputError: what a worker said of the teacher when it started; another attempt would say the same.
         BuildError: no worker can start.
     """
-    longest_first = deque(sorted(tasks, key=lambda task: (-task.num_tokens, task.shard)))
-    loop = _Loop(longest_first, make_worker, settings, observer, kill_worker)
+    loop = _Loop(Attempts(tasks, settings.max_attempts, observer), make_worker, settings, observer, kill_worker)
     try:
         loop.run()
     finally:
@@ -126,100 +160,194 @@ def run_shards(
 class _Loop:
     def __init__(
         self,
-        tasks: deque[ShardTask],
+        shards: Attempts,
         make_worker: Callable[[], Any],
         settings: RunSettings,
         observer: Observer,
         kill_worker: Callable[[Any], None],
     ) -> None:
-        self._tasks = tasks
+        self._shards = shards
         self._make_worker = make_worker
         self._settings = settings
         self._observer = observer
         self._kill = kill_worker
-        self._busy: dict[Any, _Slot] = {}
-        self._reasons: dict[int, list[str]] = defaultdict(list)
+        self._busy: dict[Any, _Call] = {}
         self._slowest = 0.0
         self._last_sign = self._last_note = self._last_look = time.monotonic()
+        self._last_store_note = -math.inf
 
     def run(self) -> None:
-        for number in range(min(self._settings.num_workers, len(self._tasks))):
+        for number in range(min(self._settings.num_workers, len(self._shards))):
             self._start(_Slot(number, self._make_worker()))
         # Nobody waits for workers that start when there is nothing left for them to do.
-        while self._tasks or self._is_scoring():
+        while len(self._shards) or self._has_work_in_hand():
             for ref in self._ready():
-                self._receive(ref, self._busy.pop(ref))
+                if ref in self._busy:  # else its actor has been lost since
+                    self._receive(ref, self._busy.pop(ref))
             if time.monotonic() - self._last_look >= POLL_SECONDS:
                 self._last_look = time.monotonic()
                 self._enforce_deadlines()
+                self._leave_draining_nodes()
                 self._say_waiting()
 
     def _ready(self) -> list[Any]:
-        """All answers there are, once there is one: a call of `ray.wait` costs as much as its list is long."""
+        """All answers there are, once there is one: a call of `ray.wait` costs as much as its list is long.
+
+        Scores come first: their teachers have nothing to do.
+        """
         refs = list(self._busy)
         first, _ = ray.wait(refs, num_returns=1, timeout=POLL_SECONDS)
-        return ray.wait(refs, num_returns=len(refs), timeout=0)[0] if first else []
+        ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0] if first else []
+        return sorted(ready, key=lambda ref: self._busy[ref].kind != "score")
 
     def stop(self) -> None:
-        for slot in self._busy.values():
+        for slot in {call.slot.number: call.slot for call in self._busy.values()}.values():
             self._kill(slot.actor)
 
-    def _is_scoring(self) -> bool:
-        return any(slot.task is not None for slot in self._busy.values())
+    def _has_work_in_hand(self) -> bool:
+        return any(call.kind != "start" for call in self._busy.values())
+
+    def _call(self, slot: _Slot, kind: Literal["start", "score", "commit"]) -> None:
+        match kind:
+            case "start":
+                ref = slot.actor.start.remote()
+            case "score":
+                ref = slot.actor.score.remote(slot.scoring)
+            case "commit":
+                assert slot.writing is not None
+                ref = slot.actor.commit.remote(slot.writing.shard)
+        self._busy[ref] = _Call(slot, kind, time.monotonic())
 
     def _start(self, slot: _Slot) -> None:
-        slot.task = None
-        self._busy[slot.actor.start.remote()] = slot
+        slot.scoring = slot.scored = slot.writing = slot.unavailable_since = None
+        slot.info, slot.is_leaving = _UNKNOWN, False
+        self._call(slot, "start")
 
     def _replace(self, slot: _Slot) -> None:
         self._kill(slot.actor)
         slot.actor = self._make_worker()
         self._start(slot)
 
-    def _give_work(self, slot: _Slot) -> None:
-        """The next shard; an actor for which there is none is let go."""
-        if not self._tasks:
-            self._kill(slot.actor)
-            return
-        slot.task, slot.started = self._tasks.popleft(), time.monotonic()
-        self._busy[slot.actor.score.remote(slot.task)] = slot
+    def _go_on(self, slot: _Slot) -> None:
+        """Score the next shard, and write what is scored, as far as this actor may."""
+        may_write = slot.scored is not None and slot.writing is None
+        if may_write:
+            slot.writing, slot.scored = slot.scored, None
+        if slot.scoring is None and slot.scored is None:
+            self._score_next(slot)
+        if may_write:
+            self._call(slot, "commit")
 
-    def _receive(self, ref: Any, slot: _Slot) -> None:
+    def _score_next(self, slot: _Slot) -> None:
+        if len(self._shards) and not slot.is_leaving:
+            in_hand = [] if slot.writing is None else [slot.writing, self._shards.peek()]
+            if not any(map(self._shards.is_suspect, in_hand)):
+                slot.scoring = self._shards.take()
+                self._call(slot, "score")
+        elif slot.writing is None:
+            # One for which there is nothing left is let go: its place may be wanted by one that must be replaced.
+            if len(self._shards):
+                self._replace(slot)
+            else:
+                self._kill(slot.actor)
+
+    def _receive(self, ref: Any, call: _Call) -> None:
+        slot = call.slot
         try:
             answer = ray.get(ref)
+        except RayTaskError as e:
+            self._receive_error(call, e.cause)
         except RayError as e:
-            cause = e.cause if isinstance(e, RayTaskError) else e
-            if slot.task is None:
-                if isinstance(cause, InputError):
-                    raise cause from None
-                self._fail_start(slot, _reason(cause))
-            elif isinstance(e, RayTaskError):
-                self._fail_task(slot, _reason(cause))
-                self._give_work(slot)
+            if call.kind == "start":
+                self._fail_start(slot, _reason(e))
             else:
-                self._fail_task(slot, _reason(cause), worker_lost=True)
-                (self._start if isinstance(e, ActorUnavailableError) else self._replace)(slot)
+                self._lose(slot, e)
         else:
-            if slot.task is None:
-                slot.name, slot.failed_starts = answer, 0
-                self._observer.worker_started(slot.number, slot.name)
-            else:
-                self._slowest = max(self._slowest, time.monotonic() - slot.started)
-                self._reasons.pop(slot.task.shard, None)
-                self._observer.committed(answer, slot.number)
-            self._give_work(slot)
+            slot.unavailable_since = None
+            self._receive_answer(call, answer)
+            self._go_on(slot)
 
-    def _fail_task(self, slot: _Slot, reason: str, *, worker_lost: bool = False) -> None:
-        assert slot.task is not None
-        task, reasons = slot.task, self._reasons[slot.task.shard]
-        reason = f"{reason} (on {slot.name})"
-        reasons.append(reason)
-        self._observer.failed(task.shard, len(reasons), reason)
-        if len(reasons) < self._settings.max_attempts:
-            # A shard that took its worker down goes last, so that it cannot hold up the others.
-            (self._tasks.append if worker_lost else self._tasks.appendleft)(task)
+    def _receive_answer(self, call: _Call, answer: Any) -> None:
+        slot = call.slot
+        if call.kind == "start":
+            slot.info, slot.failed_starts = answer, 0
+            self._observer.worker_started(slot.number, slot.info.name)
+        elif call.kind == "commit":
+            slot.writing = None
+            self._committed(answer, slot)
         else:
-            self._observer.quarantine(task.shard, self._reasons.pop(task.shard))
+            assert slot.scoring is not None
+            task, slot.scoring = slot.scoring, None
+            self._slowest = max(self._slowest, time.monotonic() - call.since)
+            if answer is not None:
+                self._committed(answer, slot)
+            elif task.is_probe:
+                self._shards.passed(task)
+            else:
+                slot.scored = task
+
+    def _committed(self, outcome: ShardOutcome, slot: _Slot) -> None:
+        self._shards.committed(outcome.shard)
+        self._observer.committed(outcome, slot.number)
+
+    def _receive_error(self, call: _Call, cause: Exception) -> None:
+        """What the actor's own code has raised; the actor lives."""
+        slot = call.slot
+        if isinstance(cause, StoreUnavailableError) and self._is_patient(slot, str(cause)):
+            self._call(slot, call.kind)
+        elif call.kind == "start":
+            if isinstance(cause, InputError):
+                raise cause from None
+            self._fail_start(slot, _reason(cause))
+        else:
+            task = slot.scoring if call.kind == "score" else slot.writing
+            assert task is not None
+            if call.kind == "score":
+                slot.scoring = None
+            else:
+                slot.writing = None
+            reason = f"{_reason(cause)} (on {slot.info.name})"
+            if isinstance(cause, WorkerStoppingError):
+                self._leave(slot, str(cause))
+                self._shards.give_back(task, reason)
+            else:
+                self._shards.failed(task, reason, may_be_samples=not isinstance(cause, StoreError))
+            self._go_on(slot)
+
+    def _is_patient(self, slot: _Slot, reason: str) -> bool:
+        """Whether to wait longer for the store; says so now and then."""
+        now = time.monotonic()
+        slot.unavailable_since = slot.unavailable_since or now
+        waited = now - slot.unavailable_since
+        if now - self._last_store_note >= WAITING_NOTE_SECONDS:
+            self._last_store_note = now
+            self._observer.store_waits(waited, reason)
+        if waited <= STORE_PATIENCE_SECONDS:
+            return True
+        slot.unavailable_since = None
+        return False
+
+    def _lose(self, slot: _Slot, error: RayError) -> None:
+        """The actor has died, with all that it had in hand."""
+        for ref in [ref for ref, call in self._busy.items() if call.slot is slot and call.kind == "commit"]:
+            # One that was answered before holds.
+            with suppress(RayError):
+                if ray.wait([ref], timeout=0)[0]:
+                    self._receive_answer(self._busy[ref], ray.get(ref))
+        reason = f"{_reason(error)} (on {slot.info.name})"
+        is_preempted = slot.is_leaving or (isinstance(error, RayActorError) and error.preempted)
+        self._take_back(slot, None if is_preempted else slot.scoring or slot.writing, reason)
+        self._replace(slot)
+
+    def _take_back(self, slot: _Slot, blamed: ShardTask | None, reason: str) -> None:
+        """Shards that an actor no longer has in hand; one of them has failed, perhaps."""
+        for ref in [ref for ref, call in self._busy.items() if call.slot is slot]:
+            del self._busy[ref]
+        for task in (slot.scored, slot.writing, slot.scoring):
+            if task is not None and task is not blamed:
+                self._shards.give_back(task, reason)
+        if blamed is not None:
+            self._shards.failed(blamed, reason, lost_worker=True)
 
     def _fail_start(self, slot: _Slot, reason: str) -> None:
         """Another actor, or go on without: one bad node must not end a run on a hundred."""
@@ -233,24 +361,38 @@ class _Loop:
             raise BuildError(f"no worker can start, {slot.failed_starts} attempts in a row failed: {reason}")
 
     def _enforce_deadlines(self) -> None:
-        deadline = self._deadline()
-        for ref, slot in list(self._busy.items()):
-            if slot.task is not None and time.monotonic() - slot.started > deadline:
-                del self._busy[ref]
-                reason = f"no answer within {deadline:.0f} s; allow more with --shard-deadline"
-                self._fail_task(slot, reason, worker_lost=True)
+        to_score, now = self._deadline(), time.monotonic()
+        # Clients of stores have patience, and end on their own.
+        deadlines = {"start": math.inf, "score": to_score, "commit": max(to_score, LEAST_DEADLINE_SECONDS)}
+        for call in [call for call in self._busy.values() if now - call.since > deadlines[call.kind]]:
+            slot = call.slot
+            if call in self._busy.values():
+                within = f"{deadlines[call.kind]:.0f} s; allow more with --shard-deadline"
+                reason = f"no answer within {within} (on {slot.info.name})"
+                self._take_back(slot, slot.scoring if call.kind == "score" else slot.writing, reason)
                 self._replace(slot)
 
     def _deadline(self) -> float:
+        """Seconds that a score may take."""
         if self._settings.shard_deadline is not None:
             return self._settings.shard_deadline
         if not self._slowest:
             return FIRST_DEADLINE_SECONDS
         return max(LEAST_DEADLINE_SECONDS, DEADLINE_FACTOR * self._slowest)
 
+    def _leave_draining_nodes(self) -> None:
+        nodes = draining_nodes()
+        for slot in {call.slot.number: call.slot for call in self._busy.values()}.values():
+            if slot.info.node in nodes and not slot.is_leaving:
+                self._leave(slot, "its node is being drained")
+
+    def _leave(self, slot: _Slot, reason: str) -> None:
+        slot.is_leaving = True
+        self._observer.worker_leaves(slot.number, reason)
+
     def _say_waiting(self) -> None:
         now = time.monotonic()
-        if self._is_scoring():
+        if self._has_work_in_hand():
             self._last_sign = self._last_note = now
         elif now - self._last_note >= WAITING_NOTE_SECONDS:
             self._last_note = now
@@ -261,5 +403,9 @@ def _reason(cause: Exception) -> str:
     """What a person needs to know of an error that came back from an actor, in a line."""
     if isinstance(cause, LogitCacheError):
         return str(cause)
-    text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
-    return f"its worker died or cannot be reached: {text}" if isinstance(cause, RayError) else text
+    if not isinstance(cause, RayError):
+        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
+    # Of Ray's own words those that say why: not which actor it was, nor what might be the cause of such things.
+    lines = (line for line in str(cause).splitlines() if not line.startswith("\t"))
+    text = " ".join(" ".join(lines).split()).partition(" Some common causes include")[0]
+    return f"its worker died or cannot be reached: {(text.partition('Worker exit detail: ')[2] or text)[:1000]}"

@@ -33,6 +33,7 @@ class BuildSettings:
     role: str = "teacher"
     """What the cache is for: `teacher`, or `reference` for a base, reference or old policy."""
     k: int = 64
+    """0: the label's log-prob alone, for roles other than teacher."""
     kept_mass: float = 1.0
     precision: str = "u8"
     format: str = "zarr"
@@ -48,7 +49,9 @@ class BuildSettings:
     gpus_per_worker: float | None = None
     """None: one where the cluster has GPUs, none elsewhere."""
     tokens_per_batch: int | None = None
-    """Padded tokens the teacher sees at once; None: the engine's choice."""
+    """Tokens the teacher sees at once, padding included; None: the engine's choice."""
+    compile: bool = False
+    """Put the model through torch.compile, see `TransformersTeacher.load`; vLLM decides for itself."""
     max_attempts: int = 3
     shard_deadline: float | None = None
     """Seconds; None: see `run.RunSettings`."""
@@ -57,7 +60,9 @@ class BuildSettings:
     extend: bool = False
     """Add the data to the cache that is there; `dtype` and `shard_rows` that are not given are the cache's."""
     allow_quarantine: int = 0
-    """Quarantined shards with which a build still counts as done."""
+    """Lost samples, those of lost shards counted, with which a build still counts as done."""
+    retry_quarantine: bool = False
+    """Score the shards again that are committed without some of their samples."""
     log_format: str = "text"
     """"text": lines for people; "json": one JSON object a line."""
     dry_run: bool = False
@@ -75,8 +80,10 @@ class BuildSettings:
         options = dict(self.engine_options)
         if self.tokens_per_batch is not None:
             options["tokens_per_batch"] = self.tokens_per_batch
+        if self.compile:
+            options["compile"] = True
         if self.engine == "vllm":
-            options |= {"tensor_parallel": self.tensor_parallel, "max_k": self.k}
+            options["tensor_parallel"] = self.tensor_parallel
         return options
 
     @property
@@ -106,16 +113,37 @@ class BuildSettings:
             raise InputError(f"gpus_per_worker must be at least 0, got {self.gpus_per_worker}")
         if self.shard_deadline is not None and self.shard_deadline <= 0:
             raise InputError(f"shard_deadline must be above 0 seconds, got {self.shard_deadline}")
-        if self.tensor_parallel > 1 and self.engine != "vllm":
+        for name in ("tensor_parallel", "shard_rows", "workers", "tokens_per_batch", "max_attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        self._check_k()
+        self._check_engine()
+        self._check_estimate()
+
+    def _check_k(self) -> None:
+        if self.k < 0 or (self.k == 0 and self.role == "teacher"):
+            raise InputError(
+                f"k must be at least 1, got {self.k}; 0 keeps the label's log-prob alone, which is all that some"
+                " objectives ask of an old policy or a reference (psft, iw_sft): with --role reference"
+            )
+
+    def _check_engine(self) -> None:
+        if self.engine != "vllm" and self.tensor_parallel > 1:
             raise InputError(
                 f"the engine {self.engine} runs on one device, got tensor_parallel {self.tensor_parallel};"
                 " use --engine vllm for a model that needs several"
             )
-        for name in ("k", "tensor_parallel", "shard_rows", "workers", "tokens_per_batch", "max_attempts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        self._check_estimate()
+        if self.engine == "vllm" and self.compile:
+            raise InputError(
+                "the engine vllm compiles by itself; leave compile out, or say what it shall do with"
+                """ --engine-options '{"compilation_config": ...}'"""
+            )
+        if self.tensor_parallel > 1 and self.gpus_per_worker not in (None, 0, self.tensor_parallel):
+            raise InputError(
+                f"gpus_per_worker is {self.gpus_per_worker:g}, and a worker needs {self.tensor_parallel} GPUs for"
+                f" tensor_parallel {self.tensor_parallel}; leave --gpus-per-worker out"
+            )
 
     def _check_estimate(self) -> None:
         for name in ("sample_rows", "calibrate", "price_per_gpu_hour"):

@@ -72,13 +72,14 @@ class RescoreReport:
     seed: int
     num_samples: int
     num_rows: int
-    kept: Difference
+    kept: Difference | None
+    """None where the cache keeps no ids (k = 0), like all that is said of distributions."""
     label: Difference
-    tail: Difference
-    kl_mean: float
+    tail: Difference | None
+    kl_mean: float | None
     """KL(cached || new), nats per row."""
-    kl_largest: float
-    top_1_agreement: float
+    kl_largest: float | None
+    top_1_agreement: float | None
     """Share of the rows with the same most likely id."""
     allowed: float
     """Nats that the arithmetic may move a log-prob by; kept ids may be off by the encoding's share as well."""
@@ -95,20 +96,25 @@ class RescoreReport:
 def agreement(cached: TopKLogProbs, new: TopKLogProbs, *, precision: str, dtype: str) -> Agreement:
     """Compare N cached rows with the teacher's new answer, which should keep more ids than the cache does.
 
+    Of rows that keep no ids (k = 0) the label alone can differ.
+
     Args:
         cached: as decoded.
         new: of the same positions, before any encoding.
         precision: of the cache.
         dtype: of the teacher, a key of `ARITHMETIC_NATS`.
     """
-    expected, tail = _on_ids_of(cached, new)
     rounding = ARITHMETIC_NATS[dtype]
+    label = np.abs(cached.label_log_prob.astype(np.float64) - new.label_log_prob)
+    if not cached.k:
+        none = np.zeros(len(cached))
+        return Agreement(none, none, none, label, none, none, none, severity=label / rounding)
+    expected, tail = _on_ids_of(cached, new)
     if precision in ("u8", "u10"):
         expected = np.maximum(expected, expected[:, :1] - RANGE_NATS)
     nats, part = LABEL_TOLERANCE[precision]
     off = np.abs(np.where(cached.kept, cached.log_probs, 0.0) - np.where(cached.kept, expected, 0.0))
     allowed = nats + part * np.abs(expected) + rounding
-    label = np.abs(cached.label_log_prob.astype(np.float64) - new.label_log_prob)
     tail_off = _distance(cached.log_tail.astype(np.float64), tail)
     compared = compare_rows(cached, new)
     return Agreement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,14 +15,16 @@ import pyarrow as pa
 from logitcache_storage.commit import load_commits, load_identity, read_rows, shard_prefix
 from logitcache_storage.disk_cache import DiskCache
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, InputError
+from logitcache_storage.excluded import committed_samples, excluded_samples
 from logitcache_storage.fingerprints import fingerprint
 from logitcache_storage.local_rows import from_buffer, num_row_bytes, to_buffers
 from logitcache_storage.manifest import Manifest
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.plans import load_plan
+from logitcache_storage.record_json import to_json
 from logitcache_storage.sample_index import SampleIndex
 from logitcache_storage.samples import ROWS_PER_GROUP, SAMPLES_SCHEMA, SamplesTable, read_vocabulary
-from logitcache_storage.schema import CacheIdentity, PlanRecord, ShardRecord, to_json
+from logitcache_storage.schema import CacheIdentity, PlanRecord, ShardRecord
 from logitcache_storage.topk import TopKLogProbs
 from logitcache_storage.vocabulary import Vocabulary
 from logitcache_storage.zarr_shard import CHUNK_ROWS
@@ -48,11 +50,22 @@ class Sample:
     """M rows."""
     columns: dict[str, Any] = field(default_factory=dict)
     """The corpus's own columns."""
+    spelling: Callable[[], Vocabulary] | None = field(default=None, repr=False)
+    """Gives the vocabulary that its tokens are shown with."""
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:
         """The observed target tokens, [M]."""
         return self.input_ids[self.target_positions]
+
+    def _repr_html_(self) -> str | None:
+        from logitcache_storage.inspect.notebook import sample_html
+
+        return sample_html(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Numbers travel to another process, and not the cache behind the spelling.
+        return {**self.__dict__, "spelling": None}
 
 
 class Cache:
@@ -75,9 +88,13 @@ class Cache:
         """Commit records of the shards that are in it now."""
         self.disk_cache = disk_cache
         """Where decoded shards and samples are kept for all processes of this node; None: nowhere."""
+        self.excluded = excluded_samples(shards)
+        """Shard to those of its samples that could not be scored; they are not in the cache."""
         self._table = SamplesTable(store, plan, disk_cache)
         committed = self._check_shards()
-        self._plan_index, self.index = _committed(self._table.places(), committed)
+        self._plan_index, self.index = committed_samples(
+            self._table.places(), committed, self.excluded, where=store.url
+        )
 
     @classmethod
     def open(
@@ -118,7 +135,13 @@ class Cache:
         All of it is read when it is first asked for: of many millions of samples ask `index` and `describe` instead.
         """
         table = self._table.index()
-        return table if self._plan_index is None else table.take(self._plan_index)
+        if self._plan_index is None:
+            return table
+        first_row = pa.array(self.index.first_row, pa.int32())  # as it is stored, not as it was planned
+        names = table.column_names
+        return table.take(self._plan_index).set_column(
+            names.index("first_row"), SAMPLES_SCHEMA.field("first_row"), first_row
+        )
 
     @cached_property
     def column_names(self) -> list[str]:
@@ -127,7 +150,24 @@ class Cache:
 
     def describe(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The columns of `samples` for these samples, one dictionary each."""
-        return self._table.describe([self._planned(i) for i in indices])
+        found = self._table.describe([self._planned(i) for i in indices])
+        return [{**about, "first_row": int(self.index.first_row[i])} for i, about in zip(indices, found, strict=True)]
+
+    def scan(self, names: Sequence[str], first: int = 0) -> Iterator[tuple[int, pa.Table]]:
+        """(index of its first sample, these columns of the samples table) of runs of up to 1,024 samples, in order.
+
+        It begins with the run that the sample `first` stands in. Nothing of it stays in memory.
+        """
+        if first >= len(self):
+            return
+        for planned, table in self._table.scan(names, self._planned(first)):
+            if self._plan_index is None:
+                yield planned, table
+                continue
+            start, stop = np.searchsorted(self._plan_index, [planned, planned + len(table)]).tolist()
+            if start == len(self):
+                return
+            yield start, table.take(self._plan_index[start:stop] - planned)
 
     def keys(self) -> npt.NDArray[np.void]:
         """The key of every sample, 16 bytes each, [n]."""
@@ -137,6 +177,11 @@ class Cache:
     def key(self, index: int) -> str:
         """The key of a sample, 32 hex digits."""
         return self._table.key(self._planned(index)).hex()
+
+    def _repr_html_(self) -> str | None:
+        from logitcache_storage.inspect.notebook import cache_html
+
+        return cache_html(self)
 
     def __getitem__(self, index: int) -> Sample:
         return self.read([index])[0]
@@ -161,17 +206,22 @@ class Cache:
         Raises:
             InputError: no such key, or more than one key begins so.
         """
-        wanted = key.lower()
-        found = self._table.find(wanted) if re.fullmatch("[0-9a-f]{6,32}", wanted) else []
-        if self._plan_index is not None:
-            # The committed samples are in the order of the plan.
-            places = np.searchsorted(self._plan_index, [sample for sample, _ in found]).tolist()
-            in_range = [(i, sample, k) for i, (sample, k) in zip(places, found, strict=True) if i < len(self)]
-            found = [(i, k) for i, sample, k in in_range if self._plan_index[i] == sample]
+        found = self.indices_of(key)
         if not found or any(k != found[0][1] for _, k in found):
             problem = "no sample has" if not found else f"{len(found)} samples begin with"
             raise InputError(f"{problem} the key {key!r} in {self.store.url}; give 6 to 32 hex digits of one key")
         return found[0][0]
+
+    def indices_of(self, prefix: str) -> list[tuple[int, bytes]]:
+        """(index, key) of all samples whose key begins with these 6 to 32 hex digits; none where they are others."""
+        wanted = prefix.lower()
+        found = self._table.find(wanted) if re.fullmatch("[0-9a-f]{6,32}", wanted) else []
+        if self._plan_index is None:
+            return found
+        # The committed samples are in the order of the plan.
+        places = np.searchsorted(self._plan_index, [sample for sample, _ in found]).tolist()
+        in_range = [(i, sample, k) for i, (sample, k) in zip(places, found, strict=True) if i < len(self)]
+        return [(i, k) for i, sample, k in in_range if self._plan_index[i] == sample]
 
     def read(self, indices: Sequence[int]) -> list[Sample]:
         """The samples at these indices, in the order asked; reads only the chunks that hold them.
@@ -192,6 +242,7 @@ class Cache:
                 target_positions=positions,
                 topk=rows[i],
                 columns={name: value for name, value in about.items() if name not in SAMPLES_SCHEMA.names},
+                spelling=lambda: self.vocabulary,
             )
             for i, about, (input_ids, positions) in zip(wanted, described, tokens, strict=True)
         ]
@@ -280,7 +331,10 @@ class Cache:
             numbers = np.array(list(self.shards), dtype=np.int64)
             num_rows = np.array([record.num_rows for record in self.shards.values()], dtype=np.int64)
         outside = numbers >= len(sizes)
-        wrong = numbers[outside | (sizes[np.where(outside, 0, numbers)] != num_rows)] if len(sizes) else numbers
+        num_planned = num_rows.astype(np.int64)
+        for shard, samples in self.excluded.items():
+            num_planned[numbers == shard] += sum(sample.num_rows for sample in samples)
+        wrong = numbers[outside | (sizes[np.where(outside, 0, numbers)] != num_planned)] if len(sizes) else numbers
         if len(wrong):
             number = int(wrong[0])
             rows = int(num_rows[numbers == number][0])
@@ -314,14 +368,3 @@ class Cache:
         stop = max(self._stop_row(i) for i in run)
         topk = read_rows(self.store, self.identity, record, slice(start, stop))
         return {i: topk[int(self.index.first_row[i]) - start : self._stop_row(i) - start] for i in run}
-
-
-def _committed(
-    index: SampleIndex, committed: npt.NDArray[np.bool_]
-) -> tuple[npt.NDArray[np.integer] | None, SampleIndex]:
-    """Where each sample of a committed shard stands in the plan (None: just where it stands), and their index."""
-    if committed.all():
-        return None, index
-    there = np.flatnonzero(committed[index.shard])
-    there = there.astype(np.int32) if len(index) < 1 << 31 else there
-    return there, index[there]

@@ -26,7 +26,7 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 _EXTRA_OF_MODULE = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure", "vllm": "vllm"}
-_EXTRA_OF_PACKAGE = {"logitcache_pipeline": "pipeline", "logitcache_train": "train"}
+_EXTRA_OF_PACKAGE = {"logitcache_storage": "web", "logitcache_pipeline": "pipeline", "logitcache_train": "train"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +82,11 @@ def _run(entry: EntryPoint, words: Sequence[str]) -> int:
         command: Command = entry.load()
         return command.run(_parse(entry.name, command, words))
     except ModuleNotFoundError as e:
+        if _is_left_out(entry, e):
+            raise LogitCacheError(
+                f"not part of this installation: the package {e.name!r} was left out of it, as in the images of other"
+                f' roles; where it is needed: pip install "logitcache[{_EXTRA_OF_PACKAGE[str(e.name)]}]"'
+            ) from e
         extra = _missing_extra(entry, e)
         if extra is None:
             raise
@@ -146,10 +151,18 @@ def _summary(entry: EntryPoint) -> str:
         command: Command = entry.load()
         return command.summary
     except ModuleNotFoundError as e:
+        if _is_left_out(entry, e):
+            return "not part of this installation"
         extra = _missing_extra(entry, e)
         return f'needs pip install "logitcache[{extra}]"' if extra else f"cannot be loaded: {e}"
     except Exception as e:
         return printable(f"cannot be loaded: {type(e).__name__}: {e}")
+
+
+def _is_left_out(entry: EntryPoint, error: ModuleNotFoundError) -> bool:
+    """Whether the command's own package is not there: an image holds its role's packages only."""
+    package = entry.module.split(".")[0]
+    return package in _EXTRA_OF_PACKAGE and error.name == package
 
 
 def _missing_extra(entry: EntryPoint, error: ModuleNotFoundError) -> str | None:

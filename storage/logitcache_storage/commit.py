@@ -4,7 +4,7 @@
     plans/00000.json            create-only: which attempt of the plan won
     samples/<attempt>-*.parquet, vocabulary/<attempt>.parquet
     commits/00017.json          create-only: which attempt of the shard won
-    shards/00017-<attempt>...   the shard's objects
+    shards/00017-<attempt>...   the shard's objects, and the statistics of its samples
     manifest.parquet, .json     all commits in one table and its checksum, written when every shard is in
     quarantine/00017.json       a shard that could not be scored, and why
 
@@ -19,7 +19,7 @@ import datetime
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +38,18 @@ from logitcache_storage.errors import (
 from logitcache_storage.invariants import check_rows
 from logitcache_storage.manifest import Manifest, manifest_bytes, parse_manifest
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.record_json import dump_record, load_record
 from logitcache_storage.schema import (
+    STATISTICS_SUFFIX,
     CacheIdentity,
+    ExcludedSample,
     ManifestRecord,
     QuarantineRecord,
     ShardRecord,
-    dump_record,
-    load_record,
 )
 from logitcache_storage.shard_format import shard_format
-from logitcache_storage.statistics import sum_statistics
+from logitcache_storage.statistics import row_statistics, sum_statistics
+from logitcache_storage.statistics_object import dump_statistics, summarise
 from logitcache_storage.topk import TopKLogProbs
 
 IDENTITY_PATH = "cache.json"
@@ -131,6 +133,8 @@ def commit_shard(
     *,
     seconds: float,
     worker: str,
+    sample_rows: Sequence[int] | None = None,
+    excluded: Sequence[ExcludedSample] = (),
 ) -> ShardRecord:
     """Check, encode, write and commit the rows of a shard; returns the record that holds.
 
@@ -138,13 +142,16 @@ def commit_shard(
         store: where the cache is.
         identity: of the cache; gives precision, container and vocabulary size.
         shard: index of the shard.
-        topk: its rows, in the order of the plan.
+        topk: its rows, in the order of the plan, without those of `excluded`.
         labels: the observed target token of each row, [N].
         seconds: how long scoring took.
         worker: who scored it, for the record.
+        sample_rows: how many rows each of its samples has, in their order; None, or k = 0: no statistics of samples are
+            written.
+        excluded: samples that could not be scored, in the order of the plan.
 
     Raises:
-        CorruptionError: the rows break an invariant; nothing is written.
+        CorruptionError: the rows break an invariant, or the samples do not cover them; nothing is written.
     """
     if topk.k != identity.k:
         raise CorruptionError(f"shard {shard}: rows of {topk.k} ids, the cache keeps {identity.k}")
@@ -153,18 +160,23 @@ def commit_shard(
     check_rows(topk, labels, identity.vocab_size, where=f"shard {shard}")
     columns = encode(topk, identity.precision, identity.id_layout)
     attributes = {"shard": shard, "precision": identity.precision, "id_layout": identity.id_layout}
-    written = shard_format(identity.container).write(columns, attributes)
-    objects = tuple(put_object(store, prefix + suffix, data) for suffix, data in sorted(written.items()))
+    written = dict(sorted(shard_format(identity.container).write(columns, attributes).items()))
+    decoded = decode(columns, identity.precision, identity.id_layout)
+    statistics = row_statistics(decoded, labels)
+    if sample_rows is not None and identity.k:
+        written[STATISTICS_SUFFIX] = dump_statistics(summarise(statistics, decoded, sample_rows))
+    objects = tuple(put_object(store, prefix + suffix, data) for suffix, data in written.items())
     record = ShardRecord(
         shard=shard,
         attempt=attempt,
         num_rows=len(topk),
         num_bytes=sum(record.size for record in objects),
         objects=objects,
-        statistics=sum_statistics(decode(columns, identity.precision, identity.id_layout), labels),
+        statistics=sum_statistics(decoded, statistics),
         seconds=round(seconds, 6),
         worker=worker,
         created=_now(),
+        excluded=tuple(excluded) or None,
     )
     try:
         store.create(commit_path(shard), dump_record(record))
@@ -233,12 +245,12 @@ def read_rows(store: ObjectStore, identity: CacheIdentity, record: ShardRecord, 
     Raises:
         CorruptionError: an object is missing or damaged, or does not hold what the record says.
     """
-    if record.num_rows * identity.k > MAX_IDS_PER_BYTE * record.num_bytes:
+    if record.num_rows * max(identity.k, 1) > MAX_IDS_PER_BYTE * record.num_bytes:
         raise CorruptionError(
             f"{store.url}/{shard_prefix(record.shard, record.attempt)}: {record.num_rows} rows of {identity.k} ids"
             f" in {record.num_bytes} bytes, which no writer makes"
         )
-    objects = CommittedObjects(store, record.objects)
+    objects = CommittedObjects(store, record.row_objects)
     if (rows.start, rows.stop) == (0, record.num_rows):
         objects.fetch_all()
     prefix = shard_prefix(record.shard, record.attempt)

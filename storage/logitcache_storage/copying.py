@@ -35,7 +35,8 @@ from logitcache_storage.errors import (
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.plans import Plans, join_plans, load_plans
 from logitcache_storage.progress import Meter, progress
-from logitcache_storage.schema import CacheIdentity, ObjectRecord, ShardRecord, load_record
+from logitcache_storage.record_json import load_record
+from logitcache_storage.schema import CacheIdentity, ObjectRecord, ShardRecord
 
 NUM_THREADS = 8
 MAX_BYTES_IN_FLIGHT = 1 << 28

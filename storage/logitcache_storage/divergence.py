@@ -7,6 +7,8 @@ each id of I = S_A ∩ S_B is an outcome of its own, and everything else is one 
     KL(A || B) = sum over i in I of P_i log(P_i / Q_i) + P_rest log(P_rest / Q_rest)
     JS(A, B)   = KL(P || M) / 2 + KL(Q || M) / 2,  M = (P + Q) / 2
 
+Rows without any id (k = 0) leave nothing but the rest: their divergences are 0, which says nothing.
+
 Merging outcomes never increases a divergence (the data-processing inequality: Cover and Thomas, Elements of
 Information Theory, 2nd edition, section 2.8), so these are lower bounds of the divergences over the whole vocabulary,
 and exact where both keep all of it. How much they can miss is told by the mass of the rest on either side.
@@ -47,9 +49,9 @@ class RowComparison:
     js: Floats
     """Jensen-Shannon divergence, [N], in [0, log 2]."""
     top_1_agrees: Floats
-    """1 where both have the same first choice, else 0, [N]."""
+    """1 where both have the same first choice, else 0, [N]; 0 where one of the two keeps no id."""
     top_k_overlap: Floats
-    """Ids that both keep, as a share of those of the row that keeps fewer, [N], in [0, 1]."""
+    """Ids that both keep, as a share of those of the row that keeps fewer, [N], in [0, 1]; 0 where that is none."""
     label_difference: Floats
     """Log-prob of the observed token in B minus that in A, [N], nats."""
     rest_mass_a: Floats
@@ -66,7 +68,7 @@ def compare_rows(a: TopKLogProbs, b: TopKLogProbs) -> RowComparison:
     """
     if len(a) != len(b):
         raise InputError(f"{len(a)} rows cannot be compared with {len(b)}")
-    step = max(1, ENTRIES_AT_ONCE // (a.k + b.k))
+    step = max(1, ENTRIES_AT_ONCE // max(1, a.k + b.k))
     parts = [_compare(a[i : i + step], b[i : i + step]) for i in range(0, max(1, len(a)), step)]
     return RowComparison(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(RowComparison)))
 
@@ -100,8 +102,8 @@ def _compare(a: TopKLogProbs, b: TopKLogProbs) -> RowComparison:
         kl_ab=divergence(p_R, q_R, log_rest_p, log_rest_q),
         kl_ba=divergence(q_R, p_R, log_rest_q, log_rest_p),
         js=np.minimum(to_middle / 2, np.log(2)),
-        top_1_agrees=(a.ids[:, 0] == b.ids[:, 0]).astype(np.float64),
-        top_k_overlap=shared / np.minimum(a.num_kept, b.num_kept),
+        top_1_agrees=(a.ids[:, :1] == b.ids[:, :1]).any(1).astype(np.float64),
+        top_k_overlap=shared / np.maximum(1, np.minimum(a.num_kept, b.num_kept)),
         label_difference=b.label_log_prob.astype(np.float64) - a.label_log_prob,
         rest_mass_a=rest_p,
         rest_mass_b=rest_q,
@@ -113,7 +115,7 @@ def _shared_entries(a: TopKLogProbs, b: TopKLogProbs) -> tuple[Integers, Integer
     # One sort of all ids of a row: an id that both keep stands twice, A's entry first. Entries that are not kept get
     # an id below zero that no other entry of the row has.
     slot = np.arange(a.k + b.k, dtype=np.int64)
-    bits = int(slot[-1]).bit_length()
+    bits = len(slot).bit_length()
     kept = np.concatenate([a.kept, b.kept], axis=1)
     ids = np.concatenate([a.ids, b.ids], axis=1)
     entries = np.where(kept, ids, -1 - slot) << bits | slot

@@ -8,7 +8,8 @@ steps where the mass is, coarse ones in the tail.
     level_i = round(L * sqrt((lp_1 - lp_i) / 32))        L = 255 (u8) or 1023 (u10)
 
 lp_1 itself is not stored: the kept mass is 1 - exp(log_tail), so decoding shifts a row until it has that mass.
-fp16 and fp32 store the log-probs. In which order ids and codes stand is for `id_layouts`.
+fp16 and fp32 store the log-probs. In which order ids and codes stand is for `id_layouts`. Where k is 0, the column
+`label_log_prob` is the only one: the rest of a row says nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ RANGE_NATS = 32.0
 ROWS_AT_ONCE = 1024
 """Rows decoded together: at k = 64 all intermediate values stay in a core's own cache."""
 
+_LABEL = "label_log_prob"
 _TOP_LEVEL = {"u8": 255, "u10": 1023}
 _CODE_TYPE = {"u8": np.uint8, "u10": np.uint16, "fp16": np.float16, "fp32": np.float32}
 
@@ -38,8 +40,10 @@ def column_types(precision: str, layout: str, k: int) -> dict[str, np.dtype[Any]
     """Name of every stored column and type of one of its rows; those of ids and codes are arrays of k."""
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
+    if k == 0:
+        return {_LABEL: np.dtype(np.float32)}
     entries = {**id_layout(layout).id_types, "codes": _CODE_TYPE[precision]}
-    rows = {"num_kept": np.int32, "log_tail": np.float32, "label_log_prob": np.float32}
+    rows = {"num_kept": np.int32, "log_tail": np.float32, _LABEL: np.float32}
     return {
         **{name: np.dtype((dtype, (k,))) for name, dtype in entries.items()},
         **{name: np.dtype(dtype) for name, dtype in rows.items()},
@@ -49,6 +53,8 @@ def column_types(precision: str, layout: str, k: int) -> dict[str, np.dtype[Any]
 def encode(topk: TopKLogProbs, precision: str, layout: str) -> Columns:
     """Stored columns of checked rows."""
     types = column_types(precision, layout, topk.k)
+    if topk.k == 0:
+        return {_LABEL: np.ascontiguousarray(topk.label_log_prob, dtype=np.float32)}
     kept = topk.kept
     last = np.take_along_axis(topk.log_probs, topk.num_kept[:, None] - 1, axis=1)
     log_probs = np.where(kept, topk.log_probs, last)
@@ -63,7 +69,7 @@ def encode(topk: TopKLogProbs, precision: str, layout: str) -> Columns:
         **id_layout(layout).pack(np.where(kept, topk.ids, 0), codes.astype(_CODE_TYPE[precision]), kept),
         "num_kept": topk.num_kept,
         "log_tail": topk.log_tail,
-        "label_log_prob": topk.label_log_prob,
+        _LABEL: topk.label_log_prob,
     }
     return {name: np.ascontiguousarray(columns[name], dtype=dtype.base) for name, dtype in types.items()}
 
@@ -78,6 +84,8 @@ def decode(
     Raises:
         CorruptionError: a column is missing, or is not what precision and layout ask for in type, shape or values.
     """
+    if columns.keys() == {_LABEL}:
+        return _labels_only(columns[_LABEL], where)
     _check_columns(columns, precision, layout, where)
     num_kept, log_tail = columns["num_kept"], columns["log_tail"]
     num_rows, k = columns["codes"].shape
@@ -94,7 +102,7 @@ def decode(
             _shift_to_mass(log_probs[rows], log_tail[rows])
         if beyond is not None:
             ids[rows][beyond] = 0
-    return TopKLogProbs(ids, log_probs, num_kept, log_tail, columns["label_log_prob"])
+    return TopKLogProbs(ids, log_probs, num_kept, log_tail, columns[_LABEL])
 
 
 def log1mexp(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -106,13 +114,19 @@ def log1mexp(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return found
 
 
+def _labels_only(column: npt.NDArray[Any], where: str) -> TopKLogProbs:
+    if column.dtype != np.float32 or column.ndim != 1:
+        raise CorruptionError(f"{where}: {_LABEL}: expected a column of float32, found {column.dtype} {column.shape}")
+    return TopKLogProbs.of_labels(column)
+
+
 def _check_columns(columns: Mapping[str, npt.NDArray[Any]], precision: str, layout: str, where: str) -> None:
     shape = columns["ids"].shape if "ids" in columns else ()
     k = shape[1] if len(shape) == 2 else 0
-    for name, dtype in column_types(precision, layout, k).items():
+    for name, dtype in column_types(precision, layout, max(k, 1)).items():
         expected = (*shape[:1], *dtype.shape)
         found = (columns[name].dtype, columns[name].shape) if name in columns else "nothing"
-        if k < 1 or found != (dtype.base, expected):
+        if found != (dtype.base, expected):
             raise CorruptionError(
                 f"{where}: column {name!r} of precision {precision}, id layout {layout}:"
                 f" expected {dtype.base} {expected}, found {found}"

@@ -6,6 +6,7 @@ LogitCacheError                    exit status 1
 │   ├── MismatchError              two things that must agree do not (settings, tokenizer, format version)
 │   └── CacheNotFoundError         no cache at this URL
 ├── StoreError                     the object store refused or could not be reached
+│   ├── StoreUnavailableError      it does not answer, or cannot serve just now: another try may succeed
 │   ├── ObjectExistsError          a create-only object is already there
 │   └── ObjectNotFoundError        no object of this name
 ├── CorruptionError                bytes that are not what was committed
@@ -39,6 +40,10 @@ class CacheNotFoundError(InputError):
 
 class StoreError(LogitCacheError):
     """The object store refused an operation or could not be reached."""
+
+
+class StoreUnavailableError(StoreError):
+    """The object store does not answer, or cannot serve just now: the same operation may succeed later."""
 
 
 class ObjectExistsError(StoreError):

@@ -40,8 +40,8 @@ from logitcache_storage.cache import Cache, Sample
 from logitcache_storage.errors import InputError
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.progress import progress
+from logitcache_storage.record_json import to_json
 from logitcache_storage.samples import SAMPLES_SCHEMA, read_parquet_object
-from logitcache_storage.schema import to_json
 from logitcache_storage.topk import TopKLogProbs
 
 IGNORE_INDEX = -100
@@ -88,15 +88,21 @@ def export_cache(
         quiet: show no progress.
 
     Raises:
-        InputError: unknown layout; the output is not empty, or holds more than an earlier export.
+        InputError: unknown layout, or one that needs ids of a cache without; the output is not empty, or holds more
+            than an earlier export.
         CorruptionError: an object of the cache is damaged; the files before it stay.
     """
     if layout not in LAYOUTS:
         raise InputError(f"unknown layout {layout!r}; choose from {', '.join(sorted(LAYOUTS))}")
+    if layout == "axolotl" and not cache.identity.k:
+        raise InputError(
+            f"{cache.store.url} keeps label log-probs only (k = 0), and the layout axolotl is made of the teacher's"
+            " top-k; export a cache of role teacher, or take the layout parquet"
+        )
     _clear(output, overwrite)
     to_table, width = LAYOUTS[layout], "num_targets" if layout == "parquet" else "num_tokens"
     k, corpus = cache.identity.k, _corpus_columns(cache)
-    values = getattr(cache.index, width).astype(np.int64) * k
+    values = getattr(cache.index, width).astype(np.int64) * max(k, 1)
     about = {"layout": layout, "url": cache.store.url, "identity": to_json(cache.identity)}
     files = _Files(output, {b"logitcache": json.dumps(about).encode()})
     num_rows, kept_in_full = 0, True

@@ -32,7 +32,7 @@ NUM_THREADS = 8
 _ATTEMPT_OBJECT = re.compile(
     r"samples/[0-9a-f]{16}-\d{5,}\.(parquet|index)"
     r"|vocabulary/[0-9a-f]{16}\.parquet"
-    r"|shards/\d{5,}-[0-9a-f]{16}(\.arrow|/.+)"
+    r"|shards/\d{5,}-[0-9a-f]{16}(\.arrow|\.statistics|/.+)"
 )
 _RECORD = re.compile(r"(cache|report)\.json|manifest\.(json|parquet)|(plans|commits)/\d{5,}\.json")
 _OF_SHARD = re.compile(r"quarantine/(\d{5,})\.json|damaged/(\d{5,})-[0-9a-f]{16}\.json")

@@ -44,8 +44,9 @@ def check_rows(
     if len(topk) == 0:
         return
     kept = topk.kept
-    in_range = (topk.num_kept >= 1) & (topk.num_kept <= topk.k)
-    _refuse(~in_range, where, f"num_kept outside [1, {topk.k}]", topk.num_kept)
+    least = min(1, topk.k)
+    in_range = (topk.num_kept >= least) & (topk.num_kept <= topk.k)
+    _refuse(~in_range, where, f"num_kept outside [{least}, {topk.k}]", topk.num_kept)
     _refuse(np.any((topk.ids < 0) | (topk.ids >= vocab_size), axis=1), where, f"ids outside [0, {vocab_size})")
     _refuse((labels < 0) | (labels >= vocab_size), where, f"label outside [0, {vocab_size})", labels)
     distinct = np.sort(np.where(kept, topk.ids, -1 - np.arange(topk.k)), axis=1)
@@ -55,12 +56,16 @@ def check_rows(
         _refuse(np.any(bad, axis=1), where, "log-probs that are not finite or above 0")
         falling = np.where(kept, topk.log_probs, -np.inf)
         _refuse(np.any(falling[:, 1:] > falling[:, :-1], axis=1), where, "log-probs that increase along a row")
-        _refuse(~(topk.log_tail < 0), where, "log_tail that is NaN or not below 0", topk.log_tail)
+        if topk.k:
+            _refuse(~(topk.log_tail < 0), where, "log_tail that is NaN or not below 0", topk.log_tail)
+        else:
+            _refuse(topk.log_tail != 0, where, "log_tail other than 0, with no id kept", topk.log_tail)
         finite_label = np.isfinite(topk.label_log_prob) & (topk.label_log_prob <= 0)
         _refuse(~finite_label, where, "label_log_prob that is not finite or above 0", topk.label_log_prob)
     mass = np.exp(falling.astype(np.float64)).sum(1) + np.exp(topk.log_tail.astype(np.float64))
     _refuse(np.abs(mass - 1) > MASS_TOLERANCE, where, "kept mass + tail that is not one", mass)
-    _refuse_labels(topk, labels, where, precision)
+    if topk.k:
+        _refuse_labels(topk, labels, where, precision)
 
 
 def _refuse_labels(topk: TopKLogProbs, labels: npt.NDArray[np.int32], where: str, precision: str | None) -> None:

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from logitcache_storage.committed import shard_prefix
 from logitcache_storage.errors import CorruptionError, InputError
-from logitcache_storage.schema import ObjectRecord, ShardRecord
+from logitcache_storage.schema import ExcludedSample, ObjectRecord, ShardRecord
 
 
 def _required(name: str, kind: pa.DataType) -> pa.Field:
@@ -45,6 +47,18 @@ MANIFEST_SCHEMA = pa.schema(
         _required("created", pa.string()),
     ]
 )
+_EXCLUDED = pa.struct(
+    [
+        _required("first_row", pa.int32()),
+        _required("num_rows", pa.int32()),
+        _required("key", pa.string()),
+        _required("source_ids", pa.list_(_required("element", pa.string()))),
+        _required("reason", pa.string()),
+    ]
+)
+_WITH_EXCLUDED = MANIFEST_SCHEMA.append(_required("excluded", pa.list_(_required("element", _EXCLUDED))))
+"""Where some shard lacks a sample, and only there: earlier readers know no such column."""
+
 _ROWS_PER_GROUP = 1024
 
 
@@ -65,6 +79,25 @@ class Manifest(Mapping[int, ShardRecord]):
     def column(self, name: str) -> npt.NDArray[Any]:
         """One of the numbers of every record: `shard`, `num_rows`, `num_bytes` or `seconds`."""
         return np.asarray(self._table.column(name).to_numpy())
+
+    def sums(self) -> dict[str, float]:
+        """Sum over all records of each statistic that every record has, without making them."""
+        found = pc.list_flatten(self._table.column("statistics")).combine_chunks()
+        table = pa.table({"name": pc.struct_field(found, "name"), "value": pc.struct_field(found, "value")})
+        by_name = table.group_by("name").aggregate([("value", "sum"), ("value", "count")]).to_pylist()
+        return {row["name"]: row["value_sum"] for row in by_name if row["value_count"] == len(self)}
+
+    @property
+    def excluded(self) -> dict[int, tuple[ExcludedSample, ...]]:
+        """What each shard lacks that lacks a sample.
+
+        Raises:
+            CorruptionError: a record is not valid.
+        """
+        if "excluded" not in self._table.column_names:
+            return {}
+        lacking = np.flatnonzero(pc.list_value_length(self._table.column("excluded")).to_numpy())
+        return {shard: self[shard].excluded or () for shard in self._shards[lacking].tolist()}
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -90,7 +123,11 @@ class Manifest(Mapping[int, ShardRecord]):
                 for item in values["objects"]
             )
             statistics = {item["name"]: item["value"] for item in values["statistics"]}
-            return ShardRecord(**{**values, "objects": objects, "statistics": statistics})
+            excluded = tuple(
+                ExcludedSample(**{**sample, "source_ids": tuple(sample["source_ids"])})
+                for sample in values.get("excluded") or ()
+            )
+            return ShardRecord(**{**values, "objects": objects, "statistics": statistics, "excluded": excluded or None})
         except InputError as e:
             raise CorruptionError(f"{self._where}: shard {shard}: {e}") from e
 
@@ -99,7 +136,8 @@ def manifest_bytes(records: Mapping[int, ShardRecord]) -> bytes:
     """The records as Parquet."""
     rows = [_row(records[shard]) for shard in sorted(records)]
     sink = io.BytesIO()
-    table = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+    schema = _WITH_EXCLUDED if any(row["excluded"] for row in rows) else MANIFEST_SCHEMA
+    table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, sink, compression="zstd", row_group_size=_ROWS_PER_GROUP, store_schema=False)
     return sink.getvalue()
 
@@ -119,7 +157,7 @@ def parse_manifest(data: bytes, num_shards: int, *, where: str) -> Manifest:
             found = f"{file.metadata.num_rows} shards and {values} values in {len(data)} bytes"
             raise CorruptionError(f"{where}: {found}, expected {num_shards} shards")
         table = file.read().combine_chunks()
-        if not table.schema.equals(MANIFEST_SCHEMA):
+        if not any(table.schema.equals(known) for known in (MANIFEST_SCHEMA, _WITH_EXCLUDED)):
             raise CorruptionError(f"{where}: other columns than a manifest has: {table.schema.names}")
     except (pa.ArrowException, OSError, LookupError) as e:
         raise CorruptionError(f"{where}: not the Parquet file it should be: {e}") from e
@@ -133,4 +171,5 @@ def _row(record: ShardRecord) -> dict[str, Any]:
         for item in record.objects
     ]
     statistics = [{"name": name, "value": value} for name, value in record.statistics.items()]
-    return {**vars(record), "objects": objects, "statistics": statistics}
+    excluded = [asdict(sample) for sample in record.excluded or ()]
+    return {**vars(record), "objects": objects, "statistics": statistics, "excluded": excluded}

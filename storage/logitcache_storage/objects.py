@@ -27,6 +27,7 @@ from logitcache_storage.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
     StoreError,
+    StoreUnavailableError,
 )
 from logitcache_storage.schema import parse_object_path
 
@@ -37,6 +38,13 @@ server that has stopped answering is given up after two to five minutes."""
 WRITE_SECONDS = 180
 SLOWEST_LINK = 100_000
 """Bytes per second. A write may take so long, all repetitions by the client counted, and on such a link."""
+
+_ASK_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+
+_ELSEWHERE = (HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.TEMPORARY_REDIRECT, HTTPStatus.BAD_REQUEST)
+"""What S3 answers to requests that are signed for another region; to those for the head of an object without a word."""
+
+_NO_BUCKET = re.compile(r"NoSuchBucket|(bucket|container) does not exist", re.IGNORECASE)
 
 _SECRET_IN_URL = re.compile(r"//[^/@]*:[^/@]*@|[?&;](sig|X-Amz-Signature|X-Goog-Signature)=", re.IGNORECASE)
 
@@ -89,6 +97,21 @@ def open_store(url: str, storage_options: Mapping[str, Any] | None = None) -> Ob
     return FsspecStore(url, storage_options)
 
 
+def check_writable(store: ObjectStore, path: str) -> None:
+    """Find out whether a remote store takes objects and gives them up again, before there is work to lose.
+
+    Args:
+        store: a local one is not asked: it would get a folder, maybe for a build that is refused for other reasons.
+        path: of an object that nobody has; it is written and removed.
+
+    Raises:
+        StoreError: there is no such bucket, no credentials, none that may write or delete, or no way to the server.
+    """
+    if isinstance(store, FsspecStore):
+        store.put(path, b"")
+        store.delete(path)
+
+
 class LocalStore(ObjectStore):
     """Objects as files below a folder. A file appears under its name only when all of it is on disk."""
 
@@ -130,7 +153,7 @@ class LocalStore(ObjectStore):
 
     def delete(self, path: str) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path):
+        with _store_errors(self.url, path, writing=True):
             self._file(path).unlink(missing_ok=True)
 
     def _file(self, path: str) -> Path:
@@ -216,7 +239,7 @@ class FsspecStore(ObjectStore):
 
     def delete(self, path: str) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path):
+        with _store_errors(self.url, path, writing=True):
             try:
                 self._connected().rm_file(self._full(path))
             except FileNotFoundError:
@@ -263,11 +286,14 @@ def _store_errors(url: str, path: str, *, writing: bool = False) -> Iterator[Non
             raise StoreError(
                 f"{where}: cannot be written, there is no such bucket or folder; make it, or check the URL"
             ) from e
+        if _lacks_bucket(e):
+            raise StoreError(f"{where}: there is no such bucket; make it, or check the URL") from e
         raise ObjectNotFoundError(f"{where}: no such object") from e
     except LogitCacheError:
         raise
     except Exception as e:  # clients raise what they like: those of botocore, Azure and aiohttp are no OSErrors
-        raise StoreError(f"{where}: {_described(e)}{_remedy(e, url, writing=writing)}") from e
+        kind = StoreUnavailableError if _is_passing(e) else StoreError
+        raise kind(f"{where}: {_described(e)}{_remedy(e, url, writing=writing)}") from e
 
 
 def _described(error: Exception) -> str:
@@ -287,9 +313,30 @@ def _remedy(error: Exception, url: str, *, writing: bool) -> str:
         return "; give credentials as storage options, or through the environment"
     if status == HTTPStatus.NOT_FOUND:
         return "; there is no such bucket or folder: make it, or check the URL"
-    if isinstance(error, TimeoutError | ConnectionError) or "Timeout" in said or "onnect" in said:
+    if url.startswith("s3") and status in _ELSEWHERE:
+        return "; check that region (AWS_DEFAULT_REGION) and endpoint (AWS_ENDPOINT_URL) are those of the bucket"
+    if _is_passing(error):
         return "; check the network and the endpoint, and run the same command again to continue"
     return ""
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether the store is not there just now, or asks to be left alone: nothing is wrong with what was asked."""
+    status, said = _http_status(error), f"{type(error).__name__} {error}"
+    if status is not None:
+        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _ASK_AGAIN
+    if isinstance(error, PermissionError) or "redential" in said:
+        return False
+    return isinstance(error, TimeoutError | ConnectionError) or "Timeout" in said or "onnect" in said
+
+
+def _lacks_bucket(error: BaseException | None) -> bool:
+    """Whether it is the bucket that is not there, and not just an object of it."""
+    while error is not None:
+        if _NO_BUCKET.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _http_status(error: BaseException | None) -> int | None:

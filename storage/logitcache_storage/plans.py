@@ -18,16 +18,10 @@ import pyarrow.parquet as pq
 from logitcache_storage.committed import put_object
 from logitcache_storage.errors import CorruptionError, ObjectExistsError, ObjectNotFoundError
 from logitcache_storage.objects import ObjectStore
+from logitcache_storage.record_json import dump_record, load_record
 from logitcache_storage.sample_index import index_bytes
 from logitcache_storage.samples import ROWS_PER_GROUP
-from logitcache_storage.schema import (
-    ExtensionRecord,
-    ObjectRecord,
-    PlanPart,
-    PlanRecord,
-    dump_record,
-    load_record,
-)
+from logitcache_storage.schema import ExtensionRecord, ObjectRecord, PlanPart, PlanRecord
 
 PLAN_PATH = "plans/00000.json"
 """Where the first plan stands."""

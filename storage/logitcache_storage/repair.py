@@ -5,6 +5,7 @@ In this order, so that an interrupted repair loses nothing and the same command 
     a commit record that is damaged or missing is put back from the manifest, if that has it     before the check
     the manifest is deleted                                         readers fall back to the commit records
     of each damaged shard the commit record is copied to damaged/, the reason goes to quarantine/, then the commit goes
+    statistics of samples that are damaged are made again from the rows of their shard
     the manifest is written again, if every shard is there
 
 Nothing but records is ever deleted. The objects of a shard that was set aside stay until `gc`; a reader that has the
@@ -18,13 +19,20 @@ import hashlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from logitcache_storage import commit
+from logitcache_storage.cache import Cache
+from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError, ObjectNotFoundError
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.plans import load_plan
-from logitcache_storage.schema import CacheIdentity, QuarantineRecord, ShardRecord, dump_record
+from logitcache_storage.record_json import dump_record
+from logitcache_storage.sample_statistics import compute_statistics
+from logitcache_storage.schema import STATISTICS_SUFFIX, CacheIdentity, QuarantineRecord, ShardRecord
+from logitcache_storage.statistics_object import dump_statistics
 from logitcache_storage.verify import NUM_READERS, Damage, VerifyReport
 
 _MANIFEST = (commit.MANIFEST_PATH, commit.MANIFEST_TABLE_PATH)
@@ -41,6 +49,8 @@ class RepairReport:
     """Shards whose commit record was put back from the manifest."""
     set_aside: tuple[int, ...]
     """Shards that the next build scores again."""
+    remade: tuple[str, ...]
+    """Statistics that were made again from the rows."""
     removed: tuple[str, ...]
     """Records that were deleted, because they were damaged and only repeated others."""
     left: tuple[Damage, ...]
@@ -53,8 +63,8 @@ class RepairReport:
 
 
 def is_repairable(found: Damage) -> bool:
-    """Whether it can be scored again, or only repeats other records; not so what the store did not answer for."""
-    is_repeated = found.path in _MANIFEST or found.path.startswith("quarantine/")
+    """Whether it can be scored again, or only repeats what is elsewhere; not so what the store did not answer for."""
+    is_repeated = found.path in _MANIFEST or found.path.startswith("quarantine/") or _is_statistics(found)
     return not found.is_unreachable and (found.shard is not None or is_repeated)
 
 
@@ -76,7 +86,7 @@ def restore_commits(store: ObjectStore) -> tuple[int, ...]:
     restored = []
     for shard in lost:
         record = listed[shard]
-        if shard < len(sizes) and record.num_rows == sizes[shard]:
+        if shard < len(sizes) and record.num_planned_rows == sizes[shard]:
             store.put(commit.commit_path(shard), dump_record(record))
             restored.append(shard)
     return tuple(restored)
@@ -91,6 +101,7 @@ def repair_cache(store: ObjectStore, report: VerifyReport, *, restored: Sequence
         restored: what `restore_commits` did before.
     """
     problems: dict[int, list[Damage]] = {}
+    statistics: list[Damage] = []
     removed: list[str] = []
     left: list[Damage] = []
     for found in report.damage:
@@ -98,6 +109,8 @@ def repair_cache(store: ObjectStore, report: VerifyReport, *, restored: Sequence
             left.append(found)
         elif found.shard is not None:
             problems.setdefault(found.shard, []).append(found)
+        elif _is_statistics(found):
+            statistics.append(found)
         else:
             removed.append(found.path)
     if problems or not {*removed}.isdisjoint(_MANIFEST):
@@ -106,9 +119,12 @@ def repair_cache(store: ObjectStore, report: VerifyReport, *, restored: Sequence
         store.delete(path)
     damaged = {shard: listed for shard, listed in problems.items() if _is_still_damaged(store, shard, listed)}
     for shard, listed in sorted(damaged.items()):
-        _set_aside(store, shard, listed, is_planned=shard < report.num_planned_shards)
+        is_planned = shard < report.num_planned_shards
+        reasons = [f"set aside by 'logitcache verify --repair': {p.path}: {p.problem}" for p in listed[:MAX_REASONS]]
+        set_aside(store, shard, reasons if is_planned else [])
+    remade, lost = _remake_statistics(store, statistics)
     _write_manifest(store)
-    return RepairReport(tuple(restored), tuple(sorted(damaged)), tuple(removed), tuple(left))
+    return RepairReport(tuple(restored), tuple(sorted(damaged)), remade, tuple(removed), (*left, *lost))
 
 
 def build_command(identity: CacheIdentity, url: str) -> str:
@@ -125,6 +141,7 @@ def build_command(identity: CacheIdentity, url: str) -> str:
         "--precision": identity.precision,
         "--format": identity.container,
         "--shard-rows": identity.shard_rows,
+        **({} if identity.role == "teacher" else {"--role": identity.role}),
     }
     return " ".join(["logitcache build", *(f"{name} {shlex.quote(str(value))}" for name, value in options.items())])
 
@@ -145,7 +162,14 @@ def _is_still_damaged(store: ObjectStore, shard: int, problems: Iterable[Damage]
     return any(found.path.startswith(own) for found in problems)
 
 
-def _set_aside(store: ObjectStore, shard: int, problems: Sequence[Damage], *, is_planned: bool) -> None:
+def set_aside(store: ObjectStore, shard: int, reasons: Sequence[str]) -> None:
+    """Keep the commit record of a shard as `damaged/` and delete it, so that the next build scores the shard.
+
+    Args:
+        store: where the cache is; its manifest is gone already.
+        shard: does nothing where it is not committed.
+        reasons: for its quarantine record; without any there is none.
+    """
     path = commit.commit_path(shard)
     try:
         data = store.get(path)
@@ -154,11 +178,58 @@ def _set_aside(store: ObjectStore, shard: int, problems: Sequence[Damage], *, is
     record = _readable_commit(store, shard)
     name = record.attempt if record else hashlib.blake2b(data, digest_size=8).hexdigest()
     store.put(f"damaged/{shard:05d}-{name}.json", data)
-    if is_planned:
-        reasons = [f"set aside by 'logitcache verify --repair': {p.path}: {p.problem}" for p in problems[:MAX_REASONS]]
+    if reasons:
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         store.put(commit.quarantine_path(shard), dump_record(QuarantineRecord(shard, 0, tuple(reasons), created)))
     store.delete(path)
+
+
+def _is_statistics(found: Damage) -> bool:
+    return found.path.endswith(STATISTICS_SUFFIX)
+
+
+def _remake_statistics(store: ObjectStore, damage: Sequence[Damage]) -> tuple[tuple[str, ...], list[Damage]]:
+    """Paths of the statistics that were written again, and the damage for which that did not work.
+
+    A commit record lists the checksum of its statistics. Made on another machine they may differ in the last bit; then
+    the record is written again, too, and readers that have the cache open compute statistics of their own.
+    """
+    remade: list[str] = []
+    lost: list[Damage] = []
+    cache = _opened(store) if damage else None
+    if cache is None:
+        return (), [*damage]
+    for found in damage:
+        record = cache.shards.get(int(found.path.split("/")[1].split("-")[0]))
+        item = None if record is None else record.statistics_object
+        if record is None or item is None or item.path != found.path:
+            continue  # its shard was set aside, or is another one by now
+        try:
+            samples = np.flatnonzero(cache.index.shard == record.shard)
+            data = dump_statistics(compute_statistics(cache, record, samples))
+        except CorruptionError:
+            lost.append(found)
+            continue
+        made = object_record(item.path, data)
+        if made != item:
+            objects = tuple(made if other == item else other for other in record.objects)
+            record = replace(record, objects=objects, num_bytes=sum(other.size for other in objects))
+            store.delete(commit.MANIFEST_PATH)
+        store.put(item.path, data)
+        store.put(commit.commit_path(record.shard), dump_record(record))
+        remade.append(item.path)
+    return tuple(remade), lost
+
+
+def _opened(store: ObjectStore) -> Cache | None:
+    """The cache, where its plan and samples can be read."""
+    try:
+        plan = load_plan(store)
+        if plan is None:
+            return None
+        return Cache(store, commit.load_identity(store), plan, commit.load_commits(store, len(plan.shard_num_rows)))
+    except CorruptionError:
+        return None
 
 
 def _write_manifest(store: ObjectStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,8 +53,11 @@ TOKEN_COLUMNS = ("input_ids", "target_ranges")
 ROWS_PER_GROUP = 1024
 """Samples in a parquet row group: the i-th sample of a part stands in row group i // ROWS_PER_GROUP."""
 
-GROUPS_KEPT = 256
-"""Row groups that stay in memory: 256 * 1,024 samples of 1,000 tokens are 1 GB."""
+KEPT_BYTES = 1 << 28
+"""Of row groups that stay in memory: 64 groups of 1,024 samples of 1,000 tokens."""
+
+SCAN_BYTES = 1 << 22
+"""Of neighbouring row groups that a scan fetches in one request; one at least."""
 
 MAX_VALUES_AT_ONCE = 1 << 24
 MAX_VALUES_PER_BYTE = 1024
@@ -73,6 +77,8 @@ class SamplesTable:
         self._first_samples = [part.first_sample for part in plan.parts]
         self._groups: OrderedDict[tuple[int, int], pa.Table] = OrderedDict()
         self._footers: dict[int, Any] = {}
+        self._num_kept_bytes = 0
+        self._lock = threading.Lock()  # for what is kept; groups are read side by side
 
     def places(self) -> SampleIndex:
         """Where all samples stand and how long they are.
@@ -144,6 +150,24 @@ class SamplesTable:
         group = (samples - np.asarray(self._first_samples)[part]) // ROWS_PER_GROUP
         return list(dict.fromkeys(zip(part.tolist(), group.tolist(), strict=True)))
 
+    def scan(self, names: Sequence[str], first: int = 0) -> Iterator[tuple[int, pa.Table]]:
+        """(its first sample, these columns) of each row group, from that of the sample `first` on; nothing is kept.
+
+        Raises:
+            CorruptionError: a part is damaged.
+        """
+        for part in range(max(0, bisect.bisect_right(self._first_samples, first) - 1), len(self._plan.parts)):
+            record = self._plan.parts[part]
+            objects = CommittedObjects(self._store, (record.object,))
+            with _decoding(self._store, record.object.path):
+                file = _open_parquet(objects, record.object.path)
+            fetched = start = max(0, first - record.first_sample) // ROWS_PER_GROUP
+            for group in range(start, -(-record.num_samples // ROWS_PER_GROUP)):
+                if group == fetched:
+                    fetched = self._fetch(objects, file, part, group)
+                table = self._decoded_group(file, part, group, names)
+                yield record.first_sample + group * ROWS_PER_GROUP, table
+
     def read_ahead(self, part: int, group: int) -> memoryview | None:
         """A row group in the disk cache, kept there while somebody has it (`DiskCache.get_ahead`)."""
         assert self._disk_cache is not None
@@ -152,7 +176,12 @@ class SamplesTable:
 
     def __getstate__(self) -> dict[str, Any]:
         # What is kept in memory can be read again; a worker process need not be sent it.
-        return {**self.__dict__, "_groups": OrderedDict(), "_footers": {}}
+        state = {**self.__dict__, "_groups": OrderedDict(), "_footers": {}, "_num_kept_bytes": 0}
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def _group_of(self, sample: int) -> tuple[pa.Table, int]:
         """The row group that holds a sample, and its row there."""
@@ -164,37 +193,65 @@ class SamplesTable:
 
     def _group(self, part: int, group: int) -> pa.Table:
         """One row group of a part with all its columns, kept in memory while it is in use."""
-        if (part, group) in self._groups:
-            self._groups.move_to_end((part, group))
-            return self._groups[part, group]
+        with self._lock:
+            if (found := self._groups.get((part, group))) is not None:
+                self._groups.move_to_end((part, group))
+                return found
         if self._disk_cache is None:
             table = self._read_group(part, group)
         else:
             name, source = self._local_name(part, group), self._plan.parts[part].object.path
             data = self._disk_cache.get(name, lambda: self._group_bytes(part, group), source=source)
             table = pa.ipc.open_stream(pa.py_buffer(data)).read_all()
-        self._groups[part, group] = table
-        while len(self._groups) > GROUPS_KEPT:
-            self._groups.popitem(last=False)
+        with self._lock:
+            if (part, group) not in self._groups:  # another thread may have read it as well
+                self._groups[part, group] = table
+                self._num_kept_bytes += table.nbytes
+            while self._num_kept_bytes > KEPT_BYTES and len(self._groups) > 1:
+                self._num_kept_bytes -= self._groups.popitem(last=False)[1].nbytes
         return table
 
     def _read_group(self, part: int, group: int) -> pa.Table:
-        record = self._plan.parts[part]
-        expected = min(ROWS_PER_GROUP, record.num_samples - group * ROWS_PER_GROUP)
-        path, where = record.object.path, f"{self._store.url}/{record.object.path}"
+        path = self._plan.parts[part].object.path
+        objects = CommittedObjects(self._store, (self._plan.parts[part].object,))
         with _decoding(self._store, path):
-            objects = CommittedObjects(self._store, (record.object,))
             file = _open_parquet(objects, path, self._footers.get(part))
-            # Of the metadata alone: nothing is allocated for more samples than a group may have.
-            found = file.metadata.row_group(group).num_rows if group < file.num_row_groups else 0
-            if found != expected:
-                raise CorruptionError(f"{where}: {found} samples in row group {group}, expected {expected}")
+            self._check_group(file, part, group)
             objects.fetch(path, *_byte_range(file.metadata.row_group(group)))
-            table = file.read_row_group(group).combine_chunks()
-        _check_schema(table, where, SAMPLES_SCHEMA.names)
+        table = self._decoded_group(file, part, group, None)
         self._footers[part] = file.metadata
         for old in list(self._footers)[:-FOOTERS_KEPT]:  # other threads may do the same
             self._footers.pop(old, None)
+        return table
+
+    def _check_group(self, file: pq.ParquetFile, part: int, group: int) -> None:
+        """Of the metadata alone: nothing is allocated for more samples than a group may have."""
+        record = self._plan.parts[part]
+        expected = min(ROWS_PER_GROUP, record.num_samples - group * ROWS_PER_GROUP)
+        found = file.metadata.row_group(group).num_rows if group < file.num_row_groups else 0
+        if found != expected:
+            where = f"{self._store.url}/{record.object.path}"
+            raise CorruptionError(f"{where}: {found} samples in row group {group}, expected {expected}")
+
+    def _fetch(self, objects: CommittedObjects, file: pq.ParquetFile, part: int, group: int) -> int:
+        """Fetch this row group and so many behind it as `SCAN_BYTES` hold; returns the first that is not fetched."""
+        path = self._plan.parts[part].object.path
+        with _decoding(self._store, path):
+            start, stop = _byte_range(file.metadata.row_group(group))
+            while (group := group + 1) < file.num_row_groups:
+                further = max(stop, _byte_range(file.metadata.row_group(group))[1])
+                if further - start > SCAN_BYTES:
+                    break
+                stop = further
+            objects.fetch(path, start, stop)
+        return group
+
+    def _decoded_group(self, file: pq.ParquetFile, part: int, group: int, names: Sequence[str] | None) -> pa.Table:
+        path = self._plan.parts[part].object.path
+        with _decoding(self._store, path):
+            self._check_group(file, part, group)
+            table = file.read_row_group(group, list(names) if names else None).combine_chunks()
+        _check_schema(table, f"{self._store.url}/{path}", names or SAMPLES_SCHEMA.names)
         return table
 
     def _group_bytes(self, part: int, group: int) -> list[Any]:

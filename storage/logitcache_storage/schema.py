@@ -1,44 +1,33 @@
 """The metadata of a cache: frozen records, parsed and validated field by field.
 
-Every record is plain JSON on the store (`storage/SPEC.md` lists each field). `parse(cls, data)` refuses
-unknown, missing and mistyped fields by name, so that a damaged or foreign file never becomes a half-right record.
+Every record is plain JSON on the store (`record_json`); `storage/SPEC.md` lists each field.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import google_crc32c
+from logitcache_storage.errors import InputError
+from logitcache_storage.record_json import FORMAT_VERSION, to_json
 
-from logitcache_storage.errors import CorruptionError, InputError, MismatchError
-
-FORMAT_VERSION = 1
-MAX_METADATA_BYTES = 1 << 28
-MAX_DEPTH = 32
-"""Of free-form values within a record."""
 BLOCK_BYTES = 1 << 18
 """Every object carries one CRC-32C per block of this many bytes, so that a range read is verified too."""
 INDEX_BYTES = 32
 """Of one sample in the index of a part of the samples table."""
 MAX_SHARD_ROWS = (1 << 31) - 1
 """Rows of a shard are counted in int32."""
+STATISTICS_SUFFIX = ".statistics"
+"""What the path of a shard's statistics ends with (`statistics_object`), and that of no object of its rows."""
 PRECISIONS = ("u8", "u10", "fp16", "fp32")
 CONTAINERS = ("zarr", "arrow")
 ID_LAYOUTS = ("plain", "ascending", "split")
 MAX_SPLIT_VOCAB = 1 << 24
 """The id layout `split` has 24 bits for an id."""
 
-_CHECKSUM = re.compile(rb'\{"crc32c": "([0-9a-f]{8})"')
 _ATTEMPT = re.compile("[0-9a-f]{16}")
-
-Record = TypeVar("Record")
+_KEY = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +72,7 @@ class CacheIdentity:
     corpus: CorpusIdentity
     vocab_size: int
     k: int
+    """Kept ids per row; 0: only the label's log-prob is kept, in caches of other roles than teacher."""
     kept_mass: float
     precision: str
     container: str
@@ -95,10 +85,11 @@ class CacheIdentity:
     def __post_init__(self) -> None:
         _require(self.format_version == FORMAT_VERSION, "format_version", str(FORMAT_VERSION), self.format_version)
         _require(self.vocab_size >= 1, "vocab_size", ">= 1", self.vocab_size)
+        least = 1 if self.role == "teacher" else 0
         _require(
-            1 <= self.k <= self.vocab_size,
+            least <= self.k <= self.vocab_size,
             "k",
-            f"between 1 and the vocabulary size {self.vocab_size}",
+            f"between {least} and the vocabulary size {self.vocab_size} in a cache of role {self.role!r}",
             self.k,
         )
         _require(0.0 < self.kept_mass <= 1.0, "kept_mass", "in (0, 1]", self.kept_mass)
@@ -208,6 +199,25 @@ class ExtensionRecord:
 
 
 @dataclass(frozen=True)
+class ExcludedSample:
+    """A planned sample that could not be scored, of a shard that is committed without its rows."""
+
+    first_row: int
+    """Where its rows would stand, if every sample of the shard had been scored."""
+    num_rows: int
+    key: str
+    source_ids: tuple[str, ...]
+    """Of all records that became this sample: those of equal tokens share its rows."""
+    reason: str
+
+    def __post_init__(self) -> None:
+        rows = self.first_row, self.num_rows
+        _require(0 <= rows[0] <= MAX_SHARD_ROWS, "first_row", f"in [0, {MAX_SHARD_ROWS}]", rows[0])
+        _require(1 <= rows[1] <= MAX_SHARD_ROWS, "num_rows", f"in [1, {MAX_SHARD_ROWS}]", rows[1])
+        _require(_KEY.fullmatch(self.key) is not None, "key", "32 lower-case hex digits", self.key)
+
+
+@dataclass(frozen=True)
 class ShardRecord:
     """A committed shard: which attempt won, its objects, and a few sums over its rows."""
 
@@ -220,6 +230,8 @@ class ShardRecord:
     seconds: float
     worker: str
     created: str
+    excluded: tuple[ExcludedSample, ...] | None = None
+    """Samples whose rows it lacks, in the order of those; None: it holds every row that was planned."""
 
     def __post_init__(self) -> None:
         _require(self.shard >= 0, "shard", ">= 0", self.shard)
@@ -227,6 +239,25 @@ class ShardRecord:
         _require(_ATTEMPT.fullmatch(self.attempt) is not None, "attempt", "16 lower-case hex digits", self.attempt)
         num_bytes = sum(item.size for item in self.objects)
         _require(self.num_bytes == num_bytes, "num_bytes", f"the objects' {num_bytes}", self.num_bytes)
+        reached = 0
+        for i, sample in enumerate(self.excluded or ()):
+            _require(sample.first_row >= reached, f"excluded[{i}].first_row", f">= {reached}", sample.first_row)
+            reached = sample.first_row + sample.num_rows
+
+    @property
+    def num_planned_rows(self) -> int:
+        """Rows that the plan gives the shard."""
+        return self.num_rows + sum(sample.num_rows for sample in self.excluded or ())
+
+    @property
+    def row_objects(self) -> tuple[ObjectRecord, ...]:
+        """The objects that hold its rows: all but its statistics."""
+        return tuple(item for item in self.objects if not item.path.endswith(STATISTICS_SUFFIX))
+
+    @property
+    def statistics_object(self) -> ObjectRecord | None:
+        """The object with the statistics of its samples; None where it was committed without."""
+        return next((item for item in self.objects if item.path.endswith(STATISTICS_SUFFIX)), None)
 
 
 @dataclass(frozen=True)
@@ -251,140 +282,12 @@ class QuarantineRecord:
     created: str = ""
 
 
-def to_json(record: Any) -> Any:
-    """The record as plain JSON values; fields that are None are left out."""
-    return json.loads(json.dumps(_as_dict(record)))
-
-
-def dump_record(record: Any) -> bytes:
-    """The record as the bytes that go to the store: JSON that begins with a field `crc32c` over its own bytes.
-
-    The checksum is that of the bytes with eight zeros in its place, so a reader in any language can check it
-    without re-serialising.
-
-    Raises:
-        ValueError: a number is not finite, or the record is too long for a reader to accept.
-    """
-    values = {"crc32c": "00000000", **_as_dict(record)}
-    data = (json.dumps(values, separators=(", ", ": "), allow_nan=False) + "\n").encode()
-    if len(data) > MAX_METADATA_BYTES:
-        raise InputError(
-            f"{type(record).__name__} of {len(data)} bytes, readers accept {MAX_METADATA_BYTES};"
-            " build with more rows per shard (--shard-rows)"
-        )
-    return data.replace(b"00000000", f"{google_crc32c.value(data):08x}".encode(), 1)
-
-
-def load_record(cls: type[Record], data: bytes, *, where: str) -> Record:
-    """Parse the bytes of one record; `where` names the object in errors.
-
-    Raises:
-        CorruptionError: the bytes are not JSON of the expected fields and types.
-        MismatchError: the record is of another format version.
-    """
-    if len(data) > MAX_METADATA_BYTES:
-        raise CorruptionError(f"{where}: {len(data)} bytes of metadata, expected at most {MAX_METADATA_BYTES}")
-    try:
-        values = json.loads(data, parse_constant=_refuse_constant)
-        _check_version(values, where)
-        _check_checksum(data, where)
-        return parse(cls, {name: value for name, value in values.items() if name != "crc32c"}, where=where)
-    except MismatchError:
-        raise
-    except (ValueError, RecursionError) as e:
-        raise CorruptionError(f"{where}: not a valid {cls.__name__}: {e}") from e
-
-
-def parse(cls: type[Record], data: Any, *, where: str) -> Record:
-    """Build the record from JSON values, refusing unknown, missing and mistyped fields by name."""
-    if not isinstance(data, Mapping):
-        raise InputError(f"{where}: expected an object with the fields of {cls.__name__}, found {type(data).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(typing.cast(Any, cls))}
-    if unknown := sorted(data.keys() - known.keys()):
-        raise InputError(f"{where}: unknown field {unknown[0]!r} in {cls.__name__}")
-    values = {}
-    for name, f in known.items():
-        if name in data:
-            values[name] = _parse_value(hints[name], data[name], f"{where}: {name}")
-        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}: missing field {name!r} in {cls.__name__}")
-    return cls(**values)
-
-
 def parse_object_path(path: str) -> str:
     """A path below the cache: relative, of plain names; nothing that could leave the cache's folder."""
     parts = path.split("/")
     if not all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", part) for part in parts):
         raise InputError(f"object path {path!r} must be relative and made of letters, digits, '_', '.', '-'")
     return path
-
-
-def _as_dict(record: Any) -> dict[str, Any]:
-    return dataclasses.asdict(
-        record, dict_factory=lambda items: {name: value for name, value in items if value is not None}
-    )
-
-
-def _refuse_constant(name: str) -> float:
-    raise InputError(f"the number {name} is not JSON")
-
-
-def _check_version(values: Any, where: str) -> None:
-    version = values.get("format_version", FORMAT_VERSION) if isinstance(values, dict) else FORMAT_VERSION
-    if version != FORMAT_VERSION:
-        raise MismatchError(
-            f"{where}: format version {version!r}, this logitcache reads version {FORMAT_VERSION};"
-            " read it with the release of logitcache that wrote it"
-        )
-
-
-def _check_checksum(data: bytes, where: str) -> None:
-    found = _CHECKSUM.match(data)
-    if found is None:
-        raise CorruptionError(f"{where}: does not begin with a crc32c field; the file was damaged or edited")
-    zeroed = data[: found.start(1)] + b"00000000" + data[found.end(1) :]
-    if google_crc32c.value(zeroed) != int(found[1], 16):
-        raise CorruptionError(
-            f"{where}: crc32c {google_crc32c.value(zeroed):08x}, the file says {found[1].decode()};"
-            " the file was damaged or edited"
-        )
-
-
-def _parse_value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return parse(typing.cast(type[Any], hint), value, where=where)
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType:  # a field that may be left out; null it is never
-        return _parse_value(typing.get_args(hint)[0], value, where)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise InputError(f"{where}: expected a list, found {type(value).__name__}")
-        item = typing.get_args(hint)[0]
-        return tuple(_parse_value(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: expected an object, found {type(value).__name__}")
-        item = typing.get_args(hint)[1]
-        if item is Any:
-            _refuse_deep(value, where)
-            return value
-        return {name: _parse_value(item, v, f"{where}.{name}") for name, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{where}: expected {hint.__name__}, found {value!r}")
-    return value
-
-
-def _refuse_deep(value: Any, where: str) -> None:
-    level = [value]
-    for _ in range(MAX_DEPTH):
-        level = [v for item in level for v in (item.values() if isinstance(item, dict) else item)]
-        level = [v for v in level if isinstance(v, dict | list)]
-        if not level:
-            return
-    raise InputError(f"{where}: values nested more than {MAX_DEPTH} deep")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

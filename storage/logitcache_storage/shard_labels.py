@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.schema import ExcludedSample
 
 Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """(input_ids [L], target_positions [M]) of one sample."""
@@ -47,8 +48,14 @@ class ShardLabels:
         self._owner_shard = self._shard[self._owners]
         self._sharing = np.flatnonzero(self._owner_of != np.arange(len(self._owner_of)))
 
-    def of(self, shard: int, num_rows: int) -> npt.NDArray[np.int32]:
-        """Labels of a shard's rows, [num_rows].
+    def of(self, shard: int, num_rows: int, excluded: Sequence[ExcludedSample] = ()) -> npt.NDArray[np.int32]:
+        """Labels of a shard's rows, [num_rows]; it lacks those of the `excluded` samples. See `by_sample`."""
+        return np.concatenate([np.zeros(0, np.int32), *self.by_sample(shard, num_rows, excluded)])
+
+    def by_sample(
+        self, shard: int, num_rows: int, excluded: Sequence[ExcludedSample] = ()
+    ) -> list[npt.NDArray[np.int32]]:
+        """The same for each sample, in the order of their rows; samples that share rows count once.
 
         Raises:
             CorruptionError: the samples of the shard do not cover its rows exactly once, or share rows
@@ -59,15 +66,35 @@ class ShardLabels:
         owners = self._owners[start:stop]
         ends = np.cumsum(self._num_targets[owners])
         is_gapless = np.array_equal(self._first_row[owners], ends - self._num_targets[owners])
-        if not is_gapless or (ends[-1:] != num_rows).any():
-            raise CorruptionError(f"shard {shard}: the samples table does not cover its {num_rows} rows exactly once")
+        num_planned = num_rows + sum(sample.num_rows for sample in excluded)
+        if not is_gapless or (ends[-1:] != num_planned).any():
+            raise CorruptionError(
+                f"shard {shard}: the samples table does not cover its {num_planned} rows exactly once"
+            )
+        owners = owners[~self._is_excluded(shard, owners, excluded)]
         if not len(owners) and num_rows:
             raise CorruptionError(f"shard {shard}: has {num_rows} rows, and no sample stands in it")
         labels = [ids[positions] for ids, positions in self._read_tokens(owners.tolist())]
-        found = np.concatenate([np.zeros(0, np.int32), *labels])
-        if len(found) != num_rows:
-            raise CorruptionError(f"shard {shard}: samples with {len(found)} target tokens for {num_rows} rows")
-        return found
+        if (found := sum(map(len, labels))) != num_rows:
+            raise CorruptionError(f"shard {shard}: samples with {found} target tokens for {num_rows} rows")
+        return labels
+
+    def _is_excluded(
+        self, shard: int, owners: npt.NDArray[np.int64], excluded: Sequence[ExcludedSample]
+    ) -> npt.NDArray[np.bool_]:
+        planned = {
+            (int(self._first_row[owner]), int(self._num_targets[owner]), self._keys[owner].as_py().hex()): place
+            for place, owner in enumerate(owners.tolist() if excluded else [])
+        }
+        is_excluded = np.zeros(len(owners), dtype=bool)
+        for sample in excluded:
+            place = planned.get((sample.first_row, sample.num_rows, sample.key))
+            if place is None:
+                raise CorruptionError(
+                    f"shard {shard}: lacks a sample {sample.key}, and the samples table has none there"
+                )
+            is_excluded[place] = True
+        return is_excluded
 
     def _check_sharing(self, shard: int) -> None:
         ours = self._sharing[self._shard[self._sharing] == shard]

@@ -13,10 +13,11 @@ import numpy.typing as npt
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.manifest import Manifest
 from logitcache_storage.progress import progress
 from logitcache_storage.schema import ShardRecord
 from logitcache_storage.shard_labels import ShardLabels
-from logitcache_storage.statistics import row_statistics
+from logitcache_storage.statistics import SUMS, row_statistics
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 DEFAULT_SAMPLED_ROWS = 1_000_000
@@ -27,7 +28,7 @@ MAX_ROWS_IN_MEMORY = 4_000_000
 
 @dataclass(frozen=True)
 class Totals:
-    """Means over the rows of some shards; all None where there is no row."""
+    """Means over the rows of some shards; all None where there is no row, and those of the ids where k is 0."""
 
     num_shards: int
     num_rows: int
@@ -56,37 +57,38 @@ class Distributions:
     shards: tuple[int, ...]
     num_rows: int
     quantiles: dict[str, dict[str, float]]
-    """Of entropy, kept_mass and label_log_prob: "p50" -> value."""
+    """Of label_log_prob, and unless k is 0 of entropy and kept_mass: "p50" -> value."""
     label_rank: dict[str, int]
-    """Number of rows by rank: "1", "2", "3-4", "5-8", ..., and ">k" for labels outside the kept ids."""
+    """Number of rows by rank: "1", "2", "3-4", "5-8", ..., and ">k" for labels outside the kept ids; empty at k = 0."""
 
 
-def total(records: Iterable[ShardRecord]) -> Totals:
-    """Sums and means from commit records, without reading a row.
+def total(records: Iterable[ShardRecord] | Mapping[int, ShardRecord]) -> Totals:
+    """Sums and means from commit records, without reading a row; of a manifest at once, whatever its size.
 
     Raises:
         CorruptionError: a record lacks a statistic.
     """
-    listed = list(records)
-    rows, num_bytes = sum(r.num_rows for r in listed), sum(r.num_bytes for r in listed)
+    sums = _sums_of_manifest(records) if isinstance(records, Manifest) else _sums(records)
+    rows, num_bytes = int(sums.num_rows), int(sums.num_bytes)
 
     def mean(name: str) -> float | None:
-        return sum(_statistic(r, name) for r in listed) / rows if rows else None
+        return sums.statistics[name] / rows if rows else None
 
-    label_log_prob = mean("label_log_prob_sum")
+    label_log_prob, num_kept = mean("label_log_prob_sum"), mean("num_kept_sum")
+    mean_of_ids = mean if num_kept else lambda name: None
     return Totals(
-        num_shards=len(listed),
+        num_shards=sums.num_shards,
         num_rows=rows,
         num_bytes=num_bytes,
-        seconds=sum(r.seconds for r in listed),
+        seconds=sums.seconds,
         bytes_per_row=num_bytes / rows if rows else None,
-        entropy=mean("entropy_sum"),
-        kept_mass=mean("kept_mass_sum"),
-        num_kept=mean("num_kept_sum"),
+        entropy=mean_of_ids("entropy_sum"),
+        kept_mass=mean_of_ids("kept_mass_sum"),
+        num_kept=num_kept,
         label_log_prob=label_log_prob,
         perplexity=None if label_log_prob is None else float(np.exp(np.float64(-label_log_prob))),
-        top_1_rate=mean("label_is_top_1"),
-        top_k_rate=mean("label_in_top_k"),
+        top_1_rate=mean_of_ids("label_is_top_1"),
+        top_k_rate=mean_of_ids("label_in_top_k"),
     )
 
 
@@ -99,7 +101,8 @@ def distributions(cache: Cache, shards: Sequence[int], *, quiet: bool = True) ->
     num_rows = sum(cache.shards[shard].num_rows for shard in shards)
     stride = max(1, -(-num_rows // MAX_ROWS_IN_MEMORY))
     labels = ShardLabels(cache.samples, cache.read_tokens)
-    columns: dict[str, list[npt.NDArray[np.float32]]] = {"entropy": [], "kept_mass": [], "label_log_prob": []}
+    names = ("entropy", "kept_mass", "label_log_prob") if cache.identity.k else ("label_log_prob",)
+    columns: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
     rank_counts = np.zeros(cache.identity.k + 1, dtype=np.int64)
     with progress("reading rows", total=num_rows, unit="rows", quiet=quiet) as p:
         for shard in shards:
@@ -131,12 +134,44 @@ def _quantiles(values: npt.NDArray[np.float32]) -> dict[str, float]:
 def _rank_histogram(counts: npt.NDArray[np.int64]) -> dict[str, int]:
     """Ranks 1 .. k in bins that double; `counts[0]` are the labels outside."""
     k, histogram, first = len(counts) - 1, {}, 1
+    if not k:
+        return {}
     while first <= k:
         last = min(k, max(first, 2 * first - 2))
         histogram[f"{first}" if first == last else f"{first}-{last}"] = int(counts[first : last + 1].sum())
         first = last + 1
     histogram[f">{k}"] = int(counts[0])
     return histogram
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over some commit records."""
+
+    num_shards: int
+    num_rows: float
+    num_bytes: float
+    seconds: float
+    statistics: Mapping[str, float]
+
+
+def _sums_of_manifest(records: Manifest) -> _Sums:
+    num_rows, num_bytes, seconds = (records.column(name).sum().item() for name in ("num_rows", "num_bytes", "seconds"))
+    sums = records.sums()
+    if missing := [name for name in SUMS if len(records) and name not in sums]:
+        raise CorruptionError(f"the manifest lacks the statistic {missing[0]!r} of some shard; see 'logitcache verify'")
+    return _Sums(len(records), num_rows, num_bytes, seconds, sums)
+
+
+def _sums(records: Iterable[ShardRecord] | Mapping[int, ShardRecord]) -> _Sums:
+    listed = list(records.values()) if isinstance(records, Mapping) else list(records)
+    return _Sums(
+        num_shards=len(listed),
+        num_rows=sum(r.num_rows for r in listed),
+        num_bytes=sum(r.num_bytes for r in listed),
+        seconds=sum(r.seconds for r in listed),
+        statistics={name: sum(_statistic(r, name) for r in listed) for name in SUMS},
+    )
 
 
 def _statistic(record: ShardRecord, name: str) -> float:

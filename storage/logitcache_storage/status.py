@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 
 from logitcache_storage.commit import load_commits, load_identity, load_quarantine
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.excluded import Excluded, committed_samples, excluded_samples, num_excluded
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.plans import load_plan
-from logitcache_storage.samples import read_parquet_object
+from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import CacheIdentity, PlanRecord, QuarantineRecord, ShardRecord
 
 
@@ -35,11 +36,21 @@ class BuildStatus:
     """Time in which at least one worker was scoring a shard that is committed now."""
     last_commit: datetime.datetime | None
     quarantine: dict[int, QuarantineRecord]
+    """Shards that could not be scored."""
+    quarantine_num_samples: dict[int, int]
+    """How many samples each of them has."""
+    excluded: Excluded
+    """Samples that could not be scored, of shards that are committed without them."""
 
     @property
     def is_complete(self) -> bool:
         """Whether every planned shard is committed."""
         return self.plan is not None and self.num_shards == len(self.plan.shard_num_rows)
+
+    @property
+    def num_lost_samples(self) -> int:
+        """Samples that could not be scored, whole shards of them counted."""
+        return sum(self.quarantine_num_samples.values()) + num_excluded(self.excluded)
 
     @property
     def rows_per_second(self) -> float | None:
@@ -51,7 +62,8 @@ class BuildStatus:
         """At the rate so far; None where there is none, or no plan."""
         if self.plan is None or self.rows_per_second is None:
             return None
-        return (self.plan.num_rows - self.num_rows) / self.rows_per_second
+        lacking = sum(sample.num_rows for samples in self.excluded.values() for sample in samples)
+        return (self.plan.num_rows - self.num_rows - lacking) / self.rows_per_second
 
 
 def build_status(store: ObjectStore) -> BuildStatus:
@@ -64,17 +76,21 @@ def build_status(store: ObjectStore) -> BuildStatus:
     identity, plan = load_identity(store), load_plan(store)
     records = load_commits(store, len(plan.shard_num_rows)) if plan is not None else {}
     commit_times = [_time(record.created) for record in records.values()]
+    quarantine, excluded = load_quarantine(store), excluded_samples(records)
+    num_samples, sizes = (0, {}) if plan is None else _count_samples(store, plan, records, quarantine, excluded)
     return BuildStatus(
         url=store.url,
         identity=identity,
         plan=plan,
         num_shards=len(records),
         num_rows=sum(record.num_rows for record in records.values()),
-        num_samples=0 if plan is None else _committed_samples(store, plan, records.keys()),
+        num_samples=num_samples,
         num_bytes=sum(record.num_bytes for record in records.values()),
         busy_seconds=busy_seconds(records.values()),
         last_commit=max(commit_times, default=None),
-        quarantine=load_quarantine(store),
+        quarantine=quarantine,
+        quarantine_num_samples=sizes,
+        excluded=excluded,
     )
 
 
@@ -105,12 +121,20 @@ def status_data(status: BuildStatus) -> dict[str, Any]:
         "quarantine": [
             {
                 "shard": shard,
+                "samples": status.quarantine_num_samples.get(shard),
                 "attempts": record.attempts,
                 "reasons": list(record.reasons),
                 "created": record.created,
             }
             for shard, record in sorted(status.quarantine.items())
         ],
+        "quarantined_samples": [
+            {"shard": shard, "key": sample.key, "source_id": source_id, "reason": sample.reason}
+            for shard, samples in sorted(status.excluded.items())
+            for sample in samples
+            for source_id in sample.source_ids
+        ],
+        "lost_samples": status.num_lost_samples,
     }
 
 
@@ -124,16 +148,22 @@ def busy_seconds(records: Iterable[ShardRecord]) -> float:
     return total
 
 
-def _committed_samples(store: ObjectStore, plan: PlanRecord, shards: Iterable[int]) -> int:
+def _count_samples(
+    store: ObjectStore,
+    plan: PlanRecord,
+    shards: Mapping[int, ShardRecord],
+    quarantine: Iterable[int],
+    excluded: Excluded,
+) -> tuple[int, dict[int, int]]:
+    """How many samples are committed, and how many each shard in quarantine has."""
     committed = np.zeros(len(plan.shard_num_rows), dtype=bool)
-    numbers = list(shards)
-    if any(number >= len(committed) for number in numbers):
-        raise CorruptionError(f"{store.url}: shard {max(numbers)} is committed, the plan has {len(committed)} shards")
-    committed[numbers] = True
-    if committed.all():
-        return plan.num_samples
-    columns = (read_parquet_object(store, part.object).read(["shard"]).column(0).to_numpy() for part in plan.parts)
-    return sum(int(committed[column].sum()) for column in columns)
+    committed[list(shards)] = True
+    if committed.all() and not excluded:
+        return plan.num_samples, {}
+    planned = SamplesTable(store, plan).places()
+    _, there = committed_samples(planned, committed, excluded, where=store.url)
+    sizes = np.bincount(planned.shard, minlength=len(committed))
+    return len(there), {shard: int(sizes[shard]) for shard in quarantine if shard < len(sizes)}
 
 
 def _time(created: str) -> datetime.datetime:

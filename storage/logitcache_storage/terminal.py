@@ -60,13 +60,11 @@ def identity_facts(identity: CacheIdentity) -> Facts:
     teacher, corpus = identity.teacher, identity.corpus
     revision = f" at {teacher.revision}" if teacher.revision else ""
     mass = f", up to {identity.kept_mass:g} of the mass" if identity.kept_mass < 1 else ""
+    kept = f"k = {identity.k} of {identity.vocab_size:,} tokens{mass}, {identity.precision} in {identity.container}"
     return [
         (identity.role, f"{teacher.id}{revision}, {teacher.dtype}, {teacher.engine}"),
         ("corpus", f"{corpus.num_records:,} records, fingerprint {corpus.fingerprint[:12]}"),
-        (
-            "keeps",
-            f"k = {identity.k} of {identity.vocab_size:,} tokens{mass}, {identity.precision} in {identity.container}",
-        ),
+        ("keeps", kept if identity.k else f"k = 0: the label's log-prob alone, in {identity.container}"),
     ]
 
 
@@ -86,6 +84,11 @@ def format_count(count: float) -> str:
     if abs(count) < 10 and count != int(count):
         return f"{count:.2g}"
     return f"{count:,.0f}" if abs(count) < 10_000 else _scaled(count, "k", "M", "G", "T")
+
+
+def counted(count: int, noun: str) -> str:
+    """3, "shard" -> "3 shards"; the noun is a regular one."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def format_duration(seconds: float) -> str:

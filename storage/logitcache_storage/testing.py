@@ -40,6 +40,7 @@ from logitcache_storage.samples import SAMPLES_SCHEMA, target_positions
 from logitcache_storage.schema import (
     CacheIdentity,
     CorpusIdentity,
+    ExcludedSample,
     ExtensionRecord,
     ObjectRecord,
     PlanRecord,
@@ -106,6 +107,7 @@ def write_cache(
     vocabulary: Sequence[str] | None = None,
     storage_options: Mapping[str, Any] | None = None,
     commit_shards: int | None = None,
+    excluded: Mapping[int, str] | None = None,
 ) -> CacheIdentity:
     """Write a cache of given samples and rows, or continue one that was interrupted.
 
@@ -119,6 +121,7 @@ def write_cache(
         vocabulary: spelling of each token id.
         storage_options: handed to fsspec.
         commit_shards: leave the build unfinished after this many shards.
+        excluded: samples that could not be scored, by number, and why.
     """
     store = open_store(url, storage_options) if isinstance(url, str) else url
     if identity is None:
@@ -129,7 +132,7 @@ def write_cache(
     if load_plan(store) is None:
         record = write_parquet(store, f"vocabulary/{new_attempt()}.parquet", _vocabulary_table(words))
         commit_plan(store, _write_plan(store, table, shard_num_rows, record))
-    _commit_shards(store, identity, table, samples, topks, commit_shards)
+    _commit_shards(store, identity, table, samples, topks, commit_shards, excluded or {})
     if commit_shards is None:
         write_manifest(store, load_commits(store))
     return identity
@@ -155,7 +158,7 @@ def extend_cache(store: ObjectStore, samples: Sequence[PlannedTokens], topks: Se
         extension = ExtensionRecord(CorpusIdentity(corpus, len(samples), {}), first_shard, plan)
         if not commit_extension(store, 1 + len(plans.extensions), extension):
             return extend_cache(store, samples, topks)  # behind the one that was faster
-    _commit_shards(store, identity, table, samples, topks, None)
+    _commit_shards(store, identity, table, samples, topks, None, {})
     write_manifest(store, load_commits(store))
     return None
 
@@ -221,14 +224,39 @@ def _commit_shards(
     samples: Sequence[PlannedTokens],
     topks: Sequence[TopKLogProbs],
     num_shards: int | None,
+    excluded: Mapping[int, str],
 ) -> None:
     """Commit the first shards of the table that are not committed yet."""
     shard_of = table.column("shard").to_pylist()
     for shard in sorted(set(sorted(set(shard_of))[:num_shards]) - committed_shards(store)):
-        inside = [i for i, s in enumerate(shard_of) if s == shard]
+        planned = [i for i, s in enumerate(shard_of) if s == shard]
+        inside = [i for i in planned if i not in excluded]
         labels = np.concatenate([samples[i][0][target_positions(samples[i][1].ravel())] for i in inside])
         topk = TopKLogProbs.concatenate([topks[i] for i in inside])
-        commit_shard(store, identity, shard, topk, labels, seconds=0.0, worker="test")
+        sample_rows = [len(topks[i]) for i in inside]
+        lacking = [_excluded(table, i, excluded[i]) for i in planned if i in excluded]
+        commit_shard(
+            store,
+            identity,
+            shard,
+            topk,
+            labels,
+            seconds=0.0,
+            worker="test",
+            sample_rows=sample_rows,
+            excluded=lacking,
+        )
+
+
+def _excluded(table: pa.Table, sample: int, reason: str) -> ExcludedSample:
+    (planned,) = table.slice(sample, 1).to_pylist()
+    return ExcludedSample(
+        first_row=planned["first_row"],
+        num_rows=planned["num_targets"],
+        key=planned["key"].hex(),
+        source_ids=(planned["source_id"],),
+        reason=reason,
+    )
 
 
 def _plan_table(

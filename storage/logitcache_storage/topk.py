@@ -27,11 +27,18 @@ class TopKLogProbs:
     log_probs: npt.NDArray[np.float32]
     """Their log-probs, [N, k] float32, <= 0 and non-increasing; -inf beyond `num_kept`."""
     num_kept: npt.NDArray[np.int32]
-    """How many of the k entries are kept, [N] int32, between 1 and k."""
+    """How many of the k entries are kept, [N] int32, between 1 and k; 0 where k is 0."""
     log_tail: npt.NDArray[np.float32]
-    """Log of the mass outside the kept ids, [N] float32, <= 0; -inf where nothing is outside."""
+    """Log of the mass outside the kept ids, [N] float32, <= 0; -inf where nothing is outside, 0 where k is 0."""
     label_log_prob: npt.NDArray[np.float32]
     """Log-prob of the observed target token, [N] float32, <= 0, whether or not it is among the ids."""
+
+    @classmethod
+    def of_labels(cls, label_log_prob: npt.NDArray[np.float32]) -> TopKLogProbs:
+        """Rows of k = 0: of each distribution the label's log-prob alone is known, and the tail is all of it."""
+        n = len(label_log_prob)
+        no_ids, no_log_probs = np.zeros((n, 0), np.int32), np.zeros((n, 0), np.float32)
+        return cls(no_ids, no_log_probs, np.zeros(n, np.int32), np.zeros(n, np.float32), label_log_prob)
 
     def __post_init__(self) -> None:
         shapes = {f.name: getattr(self, f.name).shape for f in fields(self)}

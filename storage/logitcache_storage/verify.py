@@ -22,6 +22,7 @@ from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.invariants import check_rows
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.progress import Meter, progress
+from logitcache_storage.record_json import load_record
 from logitcache_storage.sample_index import PLACE_COLUMNS, index_bytes
 from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_parquet_object, read_vocabulary
 from logitcache_storage.schema import (
@@ -32,10 +33,10 @@ from logitcache_storage.schema import (
     PlanRecord,
     QuarantineRecord,
     ShardRecord,
-    load_record,
 )
 from logitcache_storage.shard_labels import ShardLabels
-from logitcache_storage.statistics import sum_statistics
+from logitcache_storage.statistics import row_statistics, sum_statistics
+from logitcache_storage.statistics_object import check_statistics, parse_statistics, summarise
 
 NUM_READERS = 4
 STATISTICS_TOLERANCE = 1e-5
@@ -173,9 +174,10 @@ class _Check:
         if plan is None and shards and not any(found.path.startswith("plans/") for found in self.damage):
             self._report(plans.PLAN_PATH, f"missing, and {len(shards)} shards are committed")
         for shard, record in shards.items():
-            if plan is not None and (shard >= len(sizes) or sizes[shard] != record.num_rows):
+            found = record.num_planned_rows
+            if plan is not None and (shard >= len(sizes) or sizes[shard] != found):
                 planned = f"{sizes[shard]} rows" if shard < len(sizes) else f"only {len(sizes)} shards"
-                self._report(commit.commit_path(shard), f"{record.num_rows} rows; the plan has {planned}", shard)
+                self._report(commit.commit_path(shard), f"{found} rows; the plan has {planned}", shard)
 
     def manifest(self) -> Mapping[int, ShardRecord] | None:
         """What the manifest lists; None where there is none, or it is damaged."""
@@ -244,11 +246,15 @@ class _Check:
         """Every object of every committed shard; deep, the rows behind them."""
 
         def check(record: ShardRecord) -> None:
-            good = [self._object(item, record.shard, meter) for item in record.objects]
+            good = [self._object(item, record.shard, meter) for item in record.row_objects]
+            # Statistics can be made again from the rows: what is wrong with them is not wrong with the shard.
+            statistics = record.statistics_object
+            if statistics is not None and not self._object(statistics, None, meter):
+                statistics = None
             is_planned = not self._is_damaged(commit.commit_path(record.shard))
             if self._deep and identity is not None and is_planned and all(good):
                 with self._reporting(commit.shard_prefix(record.shard, record.attempt), record.shard):
-                    self._check_rows(record, identity, labels)
+                    self._check_rows(record, identity, labels, statistics)
 
         self._each(check, records)
 
@@ -277,25 +283,38 @@ class _Check:
         meter.advance(record.size)
         return good
 
-    def _check_rows(self, record: ShardRecord, identity: CacheIdentity, labels: ShardLabels | None) -> None:
+    def _check_rows(
+        self,
+        record: ShardRecord,
+        identity: CacheIdentity,
+        labels: ShardLabels | None,
+        statistics: ObjectRecord | None,
+    ) -> None:
         topk = commit.read_rows(self._store, identity, record, slice(0, record.num_rows))
         if labels is None:
             return
-        observed = self._labels(labels, record)
-        if observed is None:
+        by_sample = self._labels(labels, record)
+        if by_sample is None:
             return
+        observed = np.concatenate([np.zeros(0, np.int32), *by_sample])
         where = f"shard {record.shard}"
         check_rows(topk, observed, identity.vocab_size, where=where, precision=identity.precision)
-        for name, value in sum_statistics(topk, observed).items():
+        rows = row_statistics(topk, observed)
+        for name, value in sum_statistics(topk, rows).items():
             committed = record.statistics.get(name)
             if committed is None or not abs(value - committed) <= STATISTICS_TOLERANCE * max(1, record.num_rows):
                 raise CorruptionError(f"{where}: {name} is {value:.6g}, its commit record says {committed}")
+        if statistics is not None:
+            with self._reporting(statistics.path):
+                found = CommittedObjects(self._store, [statistics]).get(statistics.path)
+                expected = summarise(rows, topk, [len(sample) for sample in by_sample])
+                check_statistics(parse_statistics(found, record.num_rows, where=where), expected, where=where)
 
-    def _labels(self, labels: ShardLabels, record: ShardRecord) -> npt.NDArray[np.int32] | None:
+    def _labels(self, labels: ShardLabels, record: ShardRecord) -> list[npt.NDArray[np.int32]] | None:
         """What is wrong with the labels is wrong with the samples: scoring the shard again would change nothing."""
         # The samples table keeps what it has read, for one reader at a time.
         with self._reading_labels, self._reporting("samples"):
-            return labels.of(record.shard, record.num_rows)
+            return labels.by_sample(record.shard, record.num_rows, record.excluded or ())
         return None
 
     def _each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:

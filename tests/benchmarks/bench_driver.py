@@ -18,6 +18,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,15 @@ import ray
 from logitcache_pipeline.build import finish, remaining_tasks
 from logitcache_pipeline.log import Log
 from logitcache_pipeline.run import RunSettings, run_shards
-from logitcache_pipeline.worker import ShardOutcome, ShardTask
+from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo
 from logitcache_storage.commit import commit_path, create_or_continue, new_attempt
 from logitcache_storage.committed import shard_prefix
 from logitcache_storage.fingerprints import sample_key
 from logitcache_storage.objects import open_store
 from logitcache_storage.plans import commit_plan, load_plan, write_parquet, write_samples
+from logitcache_storage.record_json import dump_record
 from logitcache_storage.samples import SAMPLES_SCHEMA
-from logitcache_storage.schema import ObjectRecord, PlanRecord, ShardRecord, dump_record
+from logitcache_storage.schema import ObjectRecord, PlanRecord, ShardRecord
 from logitcache_storage.testing import make_identity
 from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
 
@@ -46,6 +49,8 @@ NUM_ACTORS = 4
 NUM_WORKERS = 256
 SHARDS_PER_WORKER = 30
 SECONDS = 1.0
+COMMIT_SECONDS = 0.3
+"""Of encoding and writing a shard, beside the next one's score."""
 ROWS = 4096
 
 NUM_SHARDS = 100_000
@@ -65,30 +70,35 @@ def main() -> None:
 class Sleepers:
     """Many simulated workers in one process."""
 
-    async def start(self) -> str:
-        return f"sleepers:{os.getpid()}"
+    async def start(self) -> WorkerInfo:
+        return WorkerInfo(f"sleepers:{os.getpid()}")
 
-    async def score(self, task: ShardTask, seconds: float) -> ShardOutcome:
+    async def score(self, task: ShardTask, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        return ShardOutcome(task.shard, task.num_rows, 0, seconds, scored=True, num_tokens=task.num_tokens)
+
+    async def commit(self, shard: int, seconds: float) -> ShardOutcome:
+        """`seconds` is how long the score took."""
+        await asyncio.sleep(COMMIT_SECONDS)
+        return ShardOutcome(shard, ROWS, 0, seconds, scored=True, num_tokens=ROWS)
 
 
 class Slot:
-    """One simulated worker, with the two methods of a Ray actor that the driver calls."""
+    """One simulated worker, with the three methods of a Ray actor that the driver calls."""
 
-    def __init__(self, actor: Any, seconds: float) -> None:
-        self.start = actor.start
-        self.score = _Score(actor, seconds)
-
-
-class _Score:
     def __init__(self, actor: Any, seconds: float) -> None:
         self._actor, self._seconds = actor, seconds
+        self.start = actor.start
+        self.score = _Method(lambda task: actor.score.remote(task, self._duration(task.shard)))
+        self.commit = _Method(lambda shard: actor.commit.remote(shard, self._duration(shard)))
 
-    def remote(self, task: ShardTask) -> Any:
+    def _duration(self, shard: int) -> float:
         # Spread evenly over shards, and the same in every run: multiples of the golden ratio.
-        spread = 0.8 + 0.4 * (task.shard * 0.6180339887 % 1.0)
-        return self._actor.score.remote(task, self._seconds * spread)
+        return self._seconds * (0.8 + 0.4 * (shard * 0.6180339887 % 1.0))
+
+
+@dataclass(frozen=True)
+class _Method:
+    remote: Callable[[Any], Any]
 
 
 class Clock:
@@ -121,6 +131,15 @@ class Clock:
         raise AssertionError(reasons)
 
     def worker_failed(self, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def worker_leaves(self, worker: int, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def given_back(self, shard: int, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def store_waits(self, seconds: float, reason: str) -> None:
         raise AssertionError(reason)
 
     def waiting(self, seconds: float) -> None:

@@ -20,7 +20,8 @@ from logitcache_storage.cache import Cache
 from logitcache_storage.committed import object_record
 from logitcache_storage.errors import LogitCacheError
 from logitcache_storage.objects import ObjectStore, open_store
-from logitcache_storage.schema import ObjectRecord, dump_record
+from logitcache_storage.record_json import dump_record
+from logitcache_storage.schema import ObjectRecord
 from logitcache_storage.status import build_status
 from logitcache_storage.verify import verify_cache
 

@@ -29,8 +29,9 @@ from logitcache_storage.committed import object_record
 from logitcache_storage.manifest import MANIFEST_SCHEMA
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.plans import PLAN_PATH, load_plan
+from logitcache_storage.record_json import dump_record, to_json
 from logitcache_storage.samples import SAMPLES_SCHEMA
-from logitcache_storage.schema import ManifestRecord, PlanPart, dump_record, to_json
+from logitcache_storage.schema import ManifestRecord, PlanPart
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 
 pytestmark = pytest.mark.timeout(120)

@@ -189,7 +189,7 @@ def test_a_dry_run_writes_nothing(settings):
 
 
 def test_a_dry_run_refuses_what_the_build_would(settings):
-    with pytest.raises(InputError, match="k must be between 1 and"):
+    with pytest.raises(InputError, match="k must be at most the teacher.s vocabulary size"):
         run(replace(settings, dry_run=True, k=1000))
 
 
@@ -198,7 +198,8 @@ def test_quarantine_ends_with_an_error_and_the_next_run_heals_it(settings):
     obstacle = Path(settings.cache) / commit_path(4)
     obstacle.mkdir(parents=True)
     settings = replace(settings, max_attempts=2)
-    with pytest.raises(BuildError, match=r"^1 of \d+ shards could not be scored; .*\n  shard 4: .*Is a directory"):
+    expected = r"^1 of \d+ shards \(2 samples\) could not be .*\n  shard 4 \(.*Is a directory"
+    with pytest.raises(BuildError, match=expected):
         run(settings)
     store = open_store(settings.cache)
     assert load_quarantine(store)[4].attempts == 2

@@ -17,22 +17,23 @@ GPU_NODE = {"CPU": 16.0, "GPU": 4.0}
 @pytest.mark.parametrize(
     ("nodes", "workers", "gpus", "expected"),
     [
-        ([CPU_NODE], None, None, Cluster(1, 8.0, 0.0)),
-        ([CPU_NODE], 2, None, Cluster(2, 4.0, 0.0)),
-        ([CPU_NODE], 3, None, Cluster(3, 2.0, 0.0)),
-        ([CPU_NODE], 9, None, Cluster(9, 1.0, 0.0)),
+        ([CPU_NODE], None, None, Cluster(1, 8.0, 0.0, 1)),
+        ([CPU_NODE], 2, None, Cluster(2, 4.0, 0.0, 2)),
+        ([CPU_NODE], 3, None, Cluster(3, 2.0, 0.0, 4)),
+        ([CPU_NODE], 9, None, Cluster(9, 1.0, 0.0, 8)),
         # No actor straddles two nodes: 16 cores for one worker would never be found.
-        ([CPU_NODE, CPU_NODE], 1, None, Cluster(1, 8.0, 0.0)),
-        ([CPU_NODE, CPU_NODE], 3, None, Cluster(3, 4.0, 0.0)),
-        ([CPU_NODE, {"CPU": 3.0}], 4, None, Cluster(4, 2.0, 0.0)),
-        ([{"CPU": 0.0}, CPU_NODE], None, None, Cluster(1, 8.0, 0.0)),
-        ([GPU_NODE], None, None, Cluster(4, 1.0, 1.0)),
-        ([GPU_NODE, CPU_NODE, GPU_NODE], None, None, Cluster(8, 1.0, 1.0)),
-        ([GPU_NODE], 3, None, Cluster(3, 1.0, 1.0)),
-        ([GPU_NODE], None, 0.5, Cluster(8, 1.0, 0.5)),
-        ([GPU_NODE], None, 1 / 3, Cluster(12, 1.0, 1 / 3)),
-        ([GPU_NODE, GPU_NODE], None, 3.0, Cluster(2, 1.0, 3.0)),
-        ([GPU_NODE], 2, 0.0, Cluster(2, 8.0, 0.0)),
+        ([CPU_NODE, CPU_NODE], 1, None, Cluster(1, 8.0, 0.0, 2)),
+        ([CPU_NODE, CPU_NODE], 3, None, Cluster(3, 4.0, 0.0, 4)),
+        ([CPU_NODE, {"CPU": 3.0}], 4, None, Cluster(4, 2.0, 0.0, 5)),
+        ([{"CPU": 0.0}, CPU_NODE], None, None, Cluster(1, 8.0, 0.0, 1)),
+        ([GPU_NODE], None, None, Cluster(4, 1.0, 1.0, 4)),
+        ([GPU_NODE, CPU_NODE, GPU_NODE], None, None, Cluster(8, 1.0, 1.0, 8)),
+        ([GPU_NODE], 3, None, Cluster(3, 1.0, 1.0, 4)),
+        ([GPU_NODE], 6, None, Cluster(6, 1.0, 1.0, 4)),
+        ([GPU_NODE], None, 0.5, Cluster(8, 1.0, 0.5, 8)),
+        ([GPU_NODE], None, 1 / 3, Cluster(12, 1.0, 1 / 3, 12)),
+        ([GPU_NODE, GPU_NODE], None, 3.0, Cluster(2, 1.0, 3.0, 2)),
+        ([GPU_NODE], 2, 0.0, Cluster(2, 8.0, 0.0, 2)),
     ],
 )
 def test_workers_fit_on_the_nodes(nodes, workers, gpus, expected):
@@ -43,6 +44,14 @@ def test_workers_fit_on_the_nodes(nodes, workers, gpus, expected):
 def test_a_cluster_without_the_gpus_is_refused(nodes, gpus):
     with pytest.raises(InputError, match=rf"gpus_per_worker is {gpus:g}, .*--gpus-per-worker 0"):
         decide_workers(nodes, None, gpus)
+
+
+def test_workers_wait_for_nodes_that_may_join_where_it_is_known_how_many():
+    assert decide_workers([CPU_NODE], 5, 2.0, may_grow=True) == Cluster(5, 1.0, 2.0, 0)
+    with pytest.raises(InputError, match=r"no node of the Ray cluster has as many .*wait with --workers N"):
+        decide_workers([CPU_NODE], None, 2.0, may_grow=True)
+    with pytest.raises(InputError, match=r"score on CPUs with --gpus-per-worker 0$"):
+        decide_workers([CPU_NODE], 5, 2.0)
 
 
 def unused_port() -> int:
@@ -75,5 +84,5 @@ def test_a_running_cluster_is_joined_and_left(ray_address):
 
     for _ in range(2):
         with ray_cluster(ray_address, 2, None) as cluster:
-            assert cluster == Cluster(2, 2.0, 0.0)
+            assert cluster == Cluster(2, 2.0, 0.0, 2)
         assert not ray.is_initialized()

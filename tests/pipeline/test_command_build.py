@@ -21,6 +21,9 @@ from logitcache_storage.cli import main
 from logitcache_storage.commit import commit_path
 from logitcache_storage.verify import verify_cache
 
+GIVEN = ["--teacher", "t", "--data", "c.jsonl", "--cache", "c"]
+"""What must be given, of nothing that is there."""
+
 
 @pytest.fixture
 def line(teacher: Path, corpus: Path, tmp_path: Path) -> list[str]:
@@ -82,7 +85,7 @@ def test_quarantine_is_exit_status_1(line, ray_address, capsys):
     said = fails([*line, "--ray-address", ray_address, "--max-attempts", "1"], capsys, status=1)
     assert "scoring: shard 0, attempt 1 failed: " in said
     assert "scoring: shard 0 is quarantined after 1 attempt" in said
-    assert "logitcache build: 1 of 1 shards could not be scored" in said
+    assert "logitcache build: 1 of 1 shard" in said and "(14 samples) could not be scored" in said
     assert f"'logitcache status {line[6]}'" in said
 
 
@@ -96,7 +99,7 @@ def test_as_many_shards_may_be_lost_as_is_allowed(line, ray_address, capsys):
     assert events["attempt_failed"]["level"] == "warning"
     assert (events["shard_quarantined"]["shard"], events["run_ended"]["run"]["outcome"]) == (1, "quarantined")
     assert list(events["done_with_losses"]["lost"]) == ["1"]
-    assert "shard 1: " in events["done_with_losses"]["message"]
+    assert "shard 1 (1 sample: " in events["done_with_losses"]["message"]
     assert not Cache.open(line[6]).is_complete
 
 
@@ -143,9 +146,15 @@ def test_dry_run_for_scripts(line, capsys):
     [
         ([], "missing --teacher, --data, --cache; give it here or in a --config file"),
         (["--data", "c.jsonl", "--cache", "c"], "missing --teacher; give"),
-        (["--teacher", "t", "--data", "c.jsonl", "--cache", "c", "--k", "0"], "k must be at least 1, got 0"),
-        (["--teacher", "t", "--data", "c.jsonl", "--cache", "c", "--engine", "x"], "unknown engine 'x'; choose from"),
-        (["--teacher", "t", "--data", "c.jsonl", "--cache", "c", "--kept-mass", "0"], "kept_mass must be above 0"),
+        ([*GIVEN, "--k", "0"], "k must be at least 1, got 0; 0 keeps the label's log-prob alone"),
+        ([*GIVEN, "--k", "-1", "--role", "reference"], "k must be at least 1, got -1"),
+        ([*GIVEN, "--engine", "vllm", "--compile"], "the engine vllm compiles by itself; leave compile out"),
+        (
+            [*GIVEN, "--engine", "vllm", "--tensor-parallel", "4", "--gpus-per-worker", "1"],
+            "a worker needs 4 GPUs for tensor_parallel 4; leave --gpus-per-worker out",
+        ),
+        ([*GIVEN, "--engine", "x"], "unknown engine 'x'; choose from"),
+        ([*GIVEN, "--kept-mass", "0"], "kept_mass must be above 0"),
         (["--config", "missing.yaml"], "missing.yaml: not a readable YAML file"),
         (["--k", "many"], "argument --k: invalid int value: 'many'"),
         (["--storage-options", "x"], "argument --storage-options: not JSON"),

@@ -173,7 +173,7 @@ def test_the_window_of_the_sliding_family_is_shorter_than_its_samples(tmp_path):
     assert (differences[request.target_positions - 1 >= WINDOW] > 0.1).all()
 
 
-@pytest.mark.parametrize("k", [1, 64, V])
+@pytest.mark.parametrize("k", [0, 1, 64, V])
 @pytest.mark.parametrize("tokens_per_batch", [1, 45, 10_000])
 def test_any_k_and_any_budget(llama, k, tokens_per_batch):
     model, folder = llama
@@ -231,10 +231,10 @@ def test_bfloat16_is_the_models_own_bfloat16(family, tmp_path):
     assert_allclose(answer.label_log_prob, expected[label], rtol=0, atol=2 * 16 * 2.0**-7)
 
 
-@pytest.mark.parametrize("k", [0, V + 1])
+@pytest.mark.parametrize("k", [-1, V + 1])
 def test_k_outside_the_vocabulary_is_refused(llama, k):
     teacher = TransformersTeacher.load(str(llama[1]))
-    with pytest.raises(InputError, match=f"k must be between 1 and the teacher's vocabulary size {V}, got {k}"):
+    with pytest.raises(InputError, match=f"k must be between 0 and the teacher's vocabulary size {V}, got {k}"):
         teacher.score(ragged(), k)
 
 

@@ -37,10 +37,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from logitcache_pipeline.build import build
+from logitcache_pipeline.build import build, dry_run
 from logitcache_pipeline.engines.base import ScoringRequest, load_teacher
 from logitcache_pipeline.engines.transformers import TransformersTeacher
 from logitcache_pipeline.engines.vllm import VllmTeacher
+from logitcache_pipeline.rescore import rescore_samples
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_pipeline.testing import write_teacher
 from logitcache_storage.cache import Cache
@@ -89,7 +90,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(path, **options):
-    return load_teacher("vllm", path, "float32", max_k=K, enforce_eager=True, **options)
+    return load_teacher("vllm", path, "float32", enforce_eager=True, **options)
 
 
 def make_requests(lengths=(2, 5, 33, 200, 80, MAX_LENGTH - 1), seed=0):
@@ -121,6 +122,13 @@ def check_equal(found, expected, *, tolerance=TOLERANCE, tail=TOLERANCE):
         assert np.mean((ours.ids == theirs.ids).all(1)) > 0.9
 
 
+def check_labels(found, expected):
+    """Answers without ids (k = 0)."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.ids.shape == (len(theirs), 0) and not ours.num_kept.any() and not ours.log_tail.any()
+        assert np.abs(ours.label_log_prob - theirs.label_log_prob).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
 def test_the_pooling_route_agrees_with_transformers(checkpoint, name):
     path, requests = checkpoint(name), make_requests()
@@ -141,6 +149,7 @@ def test_prompts_longer_than_a_step_come_in_several(checkpoint):
     check_equal(teacher.score(requests, K), expected)
     # The engine may be asked again, for another k.
     assert [len(answer) for answer in teacher.score(requests[:2], 1)] == [1, 2]
+    check_labels(teacher.score(requests, 0), expected)
 
 
 def test_two_ranks_agree_with_transformers(checkpoint):
@@ -148,6 +157,7 @@ def test_two_ranks_agree_with_transformers(checkpoint):
     expected = by_transformers(path, requests)
     teacher = start(path, tensor_parallel=2)
     check_equal(teacher.score(requests, K), expected)
+    check_labels(teacher.score(requests, 0), expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "phi"])
@@ -161,6 +171,8 @@ def test_prompt_logprobs_agree_with_transformers(checkpoint, name):
     smallest = min(float(answer.log_tail.min()) for answer in answers)
     rounding = K * 2**-24 / math.exp(smallest)
     check_equal(answers, expected, tail=TOLERANCE + rounding)
+    check_labels(teacher.score(requests, 0), expected)
+    assert teacher.score(requests[:1], 100)[0].ids.shape[1] == 100  # vLLM's own default is at most 20
     with pytest.raises(InputError, match=f"request 0 has {MAX_LENGTH} tokens, the teacher takes {MAX_LENGTH - 1}"):
         teacher.score(make_requests((MAX_LENGTH,)), K)
 
@@ -170,7 +182,7 @@ def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
     data = tmp_path / "data.jsonl"
     records = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 5)} for i in range(20)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    caches = {}
+    caches, said = {}, []
     for engine in ("transformers", "vllm"):
         settings = BuildSettings(
             str(teacher),
@@ -182,12 +194,13 @@ def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
             k=K,
             role="reference",
         )
-        build(settings, say=lambda line: None)
+        build(settings, say=said.append)
         caches[engine] = Cache.open(settings.cache)
     ours, theirs = caches["vllm"], caches["transformers"]
     assert ours.is_complete and len(ours) == len(theirs) == 20
     assert ours.identity.differences(theirs.identity) == ["teacher.engine: 'vllm', 'transformers'"]
     assert ours.identity.role == "reference"
+    assert "vLLM scores LlamaForCausalLM by the route pooling" in said
     # This teacher's weights are five times as wide, and so are its logits and what rounding makes of them.
     check_equal(
         [sample.topk for sample in ours],
@@ -195,6 +208,28 @@ def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
         tolerance=5 * TOLERANCE,
         tail=5 * TOLERANCE,
     )
+    report = rescore_samples(ours, 3, engine_options={"enforce_eager": True})
+    assert report.agrees and report.label.largest <= 5 * TOLERANCE
+
+
+def test_a_dry_run_asks_the_engine_in_this_process(tmp_path):
+    data = tmp_path / "data.jsonl"
+    records = [{"prompt": f"{i}?", "response": f"It is {2 * i}." * (1 + i % 5)} for i in range(40)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    teacher = str(write_teacher(tmp_path / "teacher", head_dim=32))
+    settings = BuildSettings(
+        teacher,
+        (str(data),),
+        str(tmp_path / "cache"),
+        engine="vllm",
+        engine_options={"enforce_eager": True},
+        k=K,
+        dry_run=True,
+        sample_rows=400,
+    )
+    found = dry_run(settings)
+    assert found["bytes"]["sampled_target_tokens"] >= 400
+    assert found["bytes"]["low"] < found["bytes"]["high"]
 
 
 def test_what_cannot_be_answered_is_refused_before_it_is_scored(checkpoint):
@@ -202,7 +237,7 @@ def test_what_cannot_be_answered_is_refused_before_it_is_scored(checkpoint):
     request = ScoringRequest(np.array([1, V], np.int32), np.array([1], np.int32))
     with pytest.raises(InputError, match=f"token id {V}"):
         teacher.score([request], K)
-    with pytest.raises(InputError, match="k must be between 1"):
+    with pytest.raises(InputError, match="k must be between 0"):
         teacher.score(make_requests((5,)), V + 1)
 
 

@@ -61,12 +61,17 @@ def built_bytes(settings: BuildSettings) -> tuple[int, int]:
     create_or_continue(store, prepared.identity("float32"))
     tasks = remaining_tasks(store, write_plan(store, prepared))
     worker = ScoringWorker(settings.cache, None, TeacherSettings("transformers", settings.teacher, "float32"))
-    outcomes = [worker.score(task) for task in tasks]
+    outcomes = [worker.score(task) or worker.commit(task.shard) for task in tasks]
     return sum(found.num_bytes for found in outcomes), sum(found.num_rows for found in outcomes)
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"format": "arrow", "precision": "fp16", "kept_mass": 0.9, "shard_rows": 1500}]
+    "changes",
+    [
+        {},
+        {"format": "arrow", "precision": "fp16", "kept_mass": 0.9, "shard_rows": 1500},
+        {"k": 0, "role": "reference", "shard_rows": 1500},
+    ],
 )
 def test_bytes_are_those_of_the_cache_that_is_then_built(settings, changes):
     settings = replace(settings, **changes)
@@ -94,6 +99,8 @@ def test_a_teacher_that_is_large_or_not_wanted_is_not_loaded(settings, monkeypat
     # 32 ids of 2.5 bytes and 10 bytes beside them, at most.
     assert unasked["bytes"]["low"] < unasked["bytes"]["high"] == 90 * unasked["report"]["rows"]
     assert "typically between" in render_estimate(unasked)
+    labels = dry_run(replace(settings, sample_rows=0, k=0, role="reference"))["bytes"]
+    assert labels["low"] < labels["high"] <= 4.2 * unasked["report"]["rows"] + 1
     for asked in ({"sample_rows": 5}, {"calibrate": 0.1}):
         with pytest.raises(AssertionError, match="loaded"):
             dry_run(replace(settings, **asked))

@@ -70,7 +70,7 @@ def test_the_cache_brings_its_own_vocabulary(settings, teacher):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": VOCAB_SIZE + 1}, rf"k must be between 1 and the teacher's vocabulary size {VOCAB_SIZE}, got 272"),
+        ({"k": VOCAB_SIZE + 1}, rf"k must be at most the teacher's vocabulary size {VOCAB_SIZE}, got 272"),
         ({"max_length": MAX_LENGTH + 1}, f"max_length 257 is above the {MAX_LENGTH} tokens the teacher takes"),
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"overlong": "ignore"}, "overlong must be one of truncate, skip, refuse, got 'ignore'"),

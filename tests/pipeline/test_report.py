@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from logitcache_pipeline.report import MAX_RUNS, RunReport, load_report, package
 from logitcache_pipeline.worker import ShardOutcome
 from logitcache_storage.commit import REPORT_PATH
 from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.schema import ExcludedSample
 
 
 @pytest.fixture
@@ -25,6 +27,19 @@ def outcome(shard: int, *, seconds: float = 0.0, scored: bool = True) -> ShardOu
 
 def new_report(**numbers: int) -> RunReport:
     return RunReport({"k": 9}, [{"host": "a", "gpus": 1.0}], **{"num_planned": 10, "num_left": 6, **numbers})
+
+
+def test_samples_that_were_left_out_are_named():
+    report = new_report()
+    report.worker_started(0, "a:1")
+    sample = ExcludedSample(7, 3, "ab" * 16, ("train.jsonl:4", "train.jsonl:9"), "it kills")
+    report.committed(replace(outcome(5), excluded=(sample,)), 0)
+    report.committed(replace(outcome(2, scored=False), excluded=(sample,)), 0)
+    report.given_back()
+    entry = json.loads(json.dumps(report.entry()))
+    assert (entry["outcome"], entry["given_back"], entry["shards"]["quarantined"]) == ("quarantined", 1, 0)
+    about = {"key": "ab" * 16, "source_ids": ["train.jsonl:4", "train.jsonl:9"], "reason": "it kills"}
+    assert entry["quarantined_samples"] == [{"shard": shard, **about} for shard in (2, 5)]
 
 
 def test_an_entry_adds_up():

@@ -36,6 +36,7 @@ def scored(teacher: Path, corpus: Path, url: Path, **changes: object) -> str:
     worker = ScoringWorker(settings.cache, None, TeacherSettings("transformers", settings.teacher, "float32"))
     for task in remaining_tasks(store, plan):
         worker.score(task)
+        worker.commit(task.shard)
     return settings.cache
 
 
@@ -119,6 +120,12 @@ def test_the_command(url, capsys):
     assert {"largest", "mean"} == found["kept"].keys() == found["label"].keys() == found["tail"].keys()
     assert main(["verify", url, "--rescore", "3"]) == 0
     assert "its answers agree with the cache" in capsys.readouterr().out
+
+
+def test_the_engine_gets_its_options(url, capsys):
+    assert main(["verify", url, "--rescore", "2", "--engine-options", '{"tokens_per_batch": 40}']) == 0
+    assert main(["verify", url, "--rescore", "2", "--engine-options", '{"tokens_per_batch": 0}']) == 2
+    assert "tokens_per_batch must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_another_copy_of_the_teacher_will_do(url, tmp_path):

@@ -16,13 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.core.generated import autoscaler_pb2
 
 from logitcache_pipeline.run import RunSettings, run_shards
-from logitcache_pipeline.worker import ShardOutcome, ShardTask
-from logitcache_storage.errors import BuildError, MismatchError, StoreError
+from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo, WorkerStoppingError
+from logitcache_storage.errors import BuildError, MismatchError, StoreError, StoreUnavailableError
+from logitcache_storage.schema import ExcludedSample
 
 pytestmark = pytest.mark.timeout(60)
 ALWAYS = 99
+SLOW = 0.5
+"""Seconds."""
 Faults = dict[str | int, tuple[str, int]]
 """What happens to a shard, or at the start of a worker, and at how many attempts."""
 
@@ -47,15 +51,23 @@ class FaultyWorker:
         self._folder, self._faults = folder, faults
         self._started = False
 
-    def start(self) -> str:
+    def start(self) -> WorkerInfo:
         self._suffer("start")
         self._started = True
-        return f"worker {os.getpid()}"
+        return WorkerInfo(f"worker {os.getpid()}", ray.get_runtime_context().get_node_id())
 
-    def score(self, task: ShardTask) -> ShardOutcome:
+    def score(self, task: ShardTask) -> None:
         assert self._started, "given work before it had started"
         self._suffer(task.shard)
-        return ShardOutcome(task.shard, task.num_rows, 1, 0.0, scored=True)
+        for sample in task.samples.tolist():
+            self._suffer(f"sample {sample}")
+        self._excluded = tuple(
+            ExcludedSample(sample, 1, f"{sample:032x}", (f"record {sample}",), why) for sample, why in task.excluded
+        )
+
+    def commit(self, shard: int) -> ShardOutcome:
+        self._suffer(f"commit {shard}")
+        return ShardOutcome(shard, 10, 1, 0.0, scored=True, excluded=self._excluded)
 
     def _suffer(self, name: str | int) -> None:
         fault, num_attempts = self._faults.get(name, ("none", 0))
@@ -75,7 +87,11 @@ class FaultyWorker:
                 while not (self._folder / "go").exists():
                     time.sleep(0.05)
             case "slow":
-                time.sleep(0.5)
+                time.sleep(SLOW)
+            case "stop":
+                raise WorkerStoppingError("told to stop")
+            case "unavailable":
+                raise StoreUnavailableError("the bucket does not answer")
             case "no store":
                 raise StoreError("the bucket cannot be reached")
             case "other teacher":
@@ -91,6 +107,10 @@ class Events:
     failures: list[tuple[int, int]] = field(default_factory=list)
     quarantined: dict[int, list[str]] = field(default_factory=dict)
     lost_workers: list[str] = field(default_factory=list)
+    leaving: list[tuple[int, str]] = field(default_factory=list)
+    given_back_shards: list[int] = field(default_factory=list)
+    store_reasons: list[str] = field(default_factory=list)
+    excluded: dict[int, str] = field(default_factory=dict)
     num_waiting: int = 0
 
     def worker_started(self, worker: int, name: str) -> None:
@@ -99,6 +119,7 @@ class Events:
     def committed(self, outcome: ShardOutcome, worker: int) -> None:
         assert self.worker_names[worker]
         self.committed_shards.append(outcome.shard)
+        self.excluded |= {sample.first_row: sample.reason for sample in outcome.excluded}
 
     def failed(self, shard: int, attempt: int, reason: str) -> None:
         self.failures.append((shard, attempt))
@@ -109,6 +130,15 @@ class Events:
 
     def worker_failed(self, reason: str) -> None:
         self.lost_workers.append(reason)
+
+    def worker_leaves(self, worker: int, reason: str) -> None:
+        self.leaving.append((worker, reason))
+
+    def given_back(self, shard: int, reason: str) -> None:
+        self.given_back_shards.append(shard)
+
+    def store_waits(self, seconds: float, reason: str) -> None:
+        self.store_reasons.append(reason)
 
     def waiting(self, seconds: float) -> None:
         self.num_waiting += 1
@@ -123,6 +153,7 @@ def run(
     places: Iterator[dict[str, float]] | None = None,
     events: Events | None = None,
     tokens: Callable[[int], int] = lambda shard: 1,
+    num_samples: int = 1,
     **settings: Any,
 ) -> Events:
     """Run the loop, and check what holds in every run: each shard is committed or quarantined, and once.
@@ -135,6 +166,7 @@ def run(
         places: custom resources of the first workers.
         events: what is told of the run goes here.
         tokens: of a shard.
+        num_samples: of a shard; those of shard n have numbers from 100 n.
         settings: of the run.
     """
 
@@ -142,13 +174,13 @@ def run(
         options = {
             "num_cpus": cpus,
             "resources": next(places or iter(()), None),
-            "max_restarts": -1,
-            "max_task_retries": 0,
+            "max_concurrency": 2,
         }
         return ray.remote(FaultyWorker).options(**options).remote(folder, faults() if callable(faults) else faults)
 
     events = events or Events()
-    tasks = [ShardTask(shard, np.arange(3), 10, tokens(shard)) for shard in range(num_shards)]
+    samples = np.arange(num_samples)
+    tasks = [ShardTask(shard, 100 * shard + samples, 10, tokens(shard)) for shard in range(num_shards)]
     run_shards(tasks, make_worker, RunSettings(**settings), events)
     assert Counter([*events.committed_shards, *events.quarantined]) == Counter(range(num_shards))
     return events
@@ -187,7 +219,9 @@ def test_the_longest_shards_come_first_and_equal_ones_in_order(tmp_path):
 
 
 def test_a_worker_that_is_replaced_hands_its_number_on(tmp_path):
-    events = run(tmp_path, 4, {1: ("exit", 1), 0: ("slow", 1)}, num_workers=2)
+    events = Events()
+    with doing((tmp_path / "go").touch, when=lambda: max(map(len, events.worker_names.values()), default=0) == 2):
+        run(tmp_path, 4, {1: ("exit", 1), 0: ("hold", 1)}, num_workers=2, events=events)
     assert sorted(events.worker_names) == [0, 1]
     assert sorted(map(len, events.worker_names.values())) == [1, 2]
 
@@ -236,6 +270,86 @@ def test_many_faults_at_once_lose_only_the_shards_that_cannot_be_scored(tmp_path
     for shard in range(10):
         numbers = [attempt for failed, attempt in events.failures if failed == shard]
         assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_a_shard_is_written_while_the_next_one_is_scored(tmp_path):
+    """The worker, which knows when it began and ended each, has two in hand at a time, and never a third."""
+    faults = {name: ("slow", 1) for shard in range(6) for name in (shard, f"commit {shard}")}
+    start, first = time.monotonic(), []
+    events = Events()
+    with doing(lambda: first.append(time.monotonic()), when=lambda: bool(events.worker_names)):
+        run(tmp_path, 6, faults, events=events)
+    took = time.monotonic() - first[0]
+    assert events.committed_shards == list(range(6))
+    assert 7 * SLOW <= took + 0.1 < 12 * SLOW - 1 and start < first[0]
+
+
+def test_what_was_being_written_is_not_blamed_for_the_shard_that_kills(tmp_path):
+    """Shard 0 is on its way into the store when the next one takes the worker down."""
+    events = run(tmp_path, 3, {"commit 0": ("hold", 1), 1: ("exit", 1)}, max_attempts=2)
+    assert (events.failures, events.given_back_shards) == ([(1, 1)], [0])
+    assert sorted(events.committed_shards) == [0, 1, 2]
+
+
+def test_a_shard_whose_commit_kills_is_found_out(tmp_path):
+    """It is alone from its second attempt on, and no other shard is lost with it."""
+    events = run(tmp_path, 4, {"commit 1": ("exit", ALWAYS)}, max_attempts=3)
+    assert list(events.quarantined) == [1]
+    assert sorted(events.committed_shards) == [0, 2, 3]
+
+
+def test_a_bad_sample_is_left_out(tmp_path):
+    """One that kills or hangs: see tests/faults."""
+    events = run(tmp_path, 3, {"sample 105": ("raise", ALWAYS)}, num_samples=16, max_attempts=1)
+    assert sorted(events.committed_shards) == [0, 1, 2] and not events.quarantined
+    assert list(events.excluded) == [105]
+    assert len(events.failures) <= 1 + 4 and attempts(tmp_path, "sample 105") == len(events.failures)
+
+
+def test_a_worker_that_is_told_to_stop_costs_no_attempt(tmp_path):
+    events = run(tmp_path, 3, {1: ("stop", 2)}, max_attempts=1)
+    assert events.committed_shards == [0, 1, 2] and not events.failures
+    assert (events.given_back_shards, len(events.leaving)) == ([1, 1], 2)
+    assert len(events.worker_names[0]) == 3
+
+
+def test_a_store_that_does_not_answer_costs_no_attempt(tmp_path):
+    faults = {"start": ("unavailable", 2), 1: ("unavailable", 3), "commit 2": ("unavailable", 4)}
+    events = run(tmp_path, 4, faults, max_attempts=1)
+    assert sorted(events.committed_shards) == [0, 1, 2, 3] and not events.failures and not events.lost_workers
+    assert events.store_reasons == ["the bucket does not answer"]  # said once a minute
+    assert attempts(tmp_path, "start") == 3 and attempts(tmp_path, 2) == 1
+
+
+def test_a_store_that_stays_away_costs_an_attempt(tmp_path, monkeypatch):
+    monkeypatch.setattr("logitcache_pipeline.run.STORE_PATIENCE_SECONDS", 0.0)
+    events = run(tmp_path, 2, {"commit 0": ("unavailable", ALWAYS)}, max_attempts=2, num_samples=4)
+    assert events.quarantined[0] == [f"the bucket does not answer (on {events.worker_names[0][0]})"] * 2
+    assert events.committed_shards == [1]
+
+
+@pytest.mark.slow
+def test_a_node_that_is_drained_is_left(tmp_path, cluster):
+    """Its worker goes on with what it has in hand and takes nothing more; one elsewhere takes its place."""
+    node = cluster.add_node(num_cpus=1, resources={"second": 1})
+    gcs = ray._raylet.GcsClient(address=cluster.address)
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+
+    def drain() -> None:
+        deadline = (time.time_ns() // 10**6) + 60_000
+        assert gcs.drain_node(node.node_id, reason, "the spot instance is wanted back", deadline)[0]
+        time.sleep(0.5)
+        (tmp_path / "go").touch()
+
+    places = iter([{"second": 1}])
+    try:
+        with doing(drain, when=lambda: bool(attempts(tmp_path, 0))):
+            events = run(tmp_path, 4, {0: ("hold", 1)}, places=places)
+    finally:
+        cluster.remove_node(node)
+    assert sorted(events.committed_shards) == [0, 1, 2, 3]
+    assert events.leaving == [(0, "its node is being drained")] and len(events.worker_names[0]) == 2
+    assert not events.failures and not events.given_back_shards
 
 
 def test_no_more_workers_than_shards(tmp_path):

@@ -30,7 +30,7 @@ from logitcache_pipeline.corpus import Record, read_records
 from logitcache_pipeline.tokenize import Excluded, TokenizedSample, TokenizeSettings, tokenize_records
 from logitcache_storage.errors import CorpusError, InputError
 from logitcache_storage.fingerprints import sample_key
-from logitcache_storage.schema import to_json
+from logitcache_storage.record_json import to_json
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k-1000.jsonl"
 TEXT = ["a b c\n\n  hello there\n\n\nhello  world\n hi", "the answer is 42 .\n#### 42", "one two three"] * 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +18,25 @@ from logitcache_pipeline.build import remaining_tasks
 from logitcache_pipeline.prepare import prepare, write_plan
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_pipeline.testing import VOCAB_SIZE, write_teacher
-from logitcache_pipeline.worker import ScoringWorker, TeacherSettings
+from logitcache_pipeline.worker import (
+    ScoringWorker,
+    ShardOutcome,
+    ShardTask,
+    TeacherSettings,
+    WorkerStoppingError,
+)
 from logitcache_storage import Cache, TopKLogProbs
 from logitcache_storage.commit import create_or_continue, load_commit
-from logitcache_storage.errors import CacheNotFoundError, InputError, LogitCacheError, MismatchError
-from logitcache_storage.objects import open_store
+from logitcache_storage.errors import (
+    CacheNotFoundError,
+    InputError,
+    LogitCacheError,
+    MismatchError,
+    StoreUnavailableError,
+)
+from logitcache_storage.objects import LocalStore, open_store
 from logitcache_storage.schema import PlanRecord
+from logitcache_storage.verify import verify_cache
 
 # Logits up to 8 in float32 (steps of 5e-7), through two layers of batches of another shape: a few dozen such steps.
 TOLERANCE = 2e-5
@@ -53,6 +68,11 @@ def worker(settings: BuildSettings, teacher: Path | None = None) -> ScoringWorke
     )
 
 
+def score(scorer: ScoringWorker, task: ShardTask) -> ShardOutcome:
+    """As the driver asks for it."""
+    return scorer.score(task) or scorer.commit(task.shard)
+
+
 def expected(model: torch.nn.Module, ids: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> torch.Tensor:
     """[M, V]: the model's distribution at the position before each target."""
     with torch.inference_mode():
@@ -78,19 +98,21 @@ def test_every_row_is_what_the_model_says_of_its_target(settings, model, contain
     scorer = worker(settings)
     scorer.start()
     tasks = remaining_tasks(open_store(settings.cache), plan)
-    outcomes = [scorer.score(task) for task in reversed(tasks)]
+    outcomes = [score(scorer, task) for task in reversed(tasks)]
     assert sum(outcome.num_rows for outcome in outcomes) == plan.num_rows
     assert all(outcome.scored for outcome in outcomes)
     cache = Cache.open(settings.cache)
     assert len(cache) == plan.num_samples == 14
     for sample in cache:
         check_rows(sample.topk, expected(model, sample.input_ids, sample.target_positions), sample.labels)
+    assert all(record.statistics_object is not None for record in cache.shards.values())
+    assert verify_cache(settings.cache, deep=True).is_intact
 
 
 def test_only_what_is_asked_is_scored(settings):
     plan = planned(settings)
     tasks = remaining_tasks(open_store(settings.cache), plan)
-    outcome = worker(settings).score(tasks[3])
+    outcome = score(worker(settings), tasks[3])
     assert (outcome.shard, outcome.num_rows) == (3, plan.shard_num_rows[3])
     assert list(Cache.open(settings.cache).shards) == [3]
     assert [task.shard for task in remaining_tasks(open_store(settings.cache), plan)] == [
@@ -102,7 +124,7 @@ def test_duplicates_share_the_rows_of_the_first(settings):
     plan = planned(settings)
     scorer = worker(settings)
     for task in remaining_tasks(open_store(settings.cache), plan):
-        scorer.score(task)
+        score(scorer, task)
     cache = Cache.open(settings.cache)
     first, second = (i for i, sample in enumerate(cache) if sample.columns["level"] in (3, 99))
     assert cache[first].key == cache[second].key
@@ -114,7 +136,7 @@ def test_a_committed_shard_is_not_scored_again(settings):
     plan = planned(settings)
     scorer, store = worker(settings), open_store(settings.cache)
     task = remaining_tasks(store, plan)[0]
-    scorer.score(task)
+    score(scorer, task)
     record = load_commit(store, task.shard)
     outcome = scorer.score(task)
     assert (outcome.scored, outcome.seconds) == (False, 0.0)
@@ -127,7 +149,7 @@ def test_kept_mass_drops_what_is_not_needed(settings, model):
     plan = planned(settings)
     scorer = worker(settings)
     for task in remaining_tasks(open_store(settings.cache), plan)[:2]:
-        scorer.score(task)
+        score(scorer, task)
     kept = set()
     for sample in Cache.open(settings.cache):
         log_probs = expected(model, sample.input_ids, sample.target_positions)
@@ -141,7 +163,7 @@ def test_kept_mass_drops_what_is_not_needed(settings, model):
 def test_a_worker_names_itself_and_may_be_started_again(settings):
     planned(settings)
     scorer = worker(settings)
-    assert scorer.start() == scorer.start() == scorer.name
+    assert scorer.start() == scorer.start() == scorer.info
 
 
 def test_a_sample_that_cannot_be_scored_leaves_nothing_behind(settings, tmp_path):
@@ -156,6 +178,84 @@ def test_a_sample_that_cannot_be_scored_leaves_nothing_behind(settings, tmp_path
     with pytest.raises(LogitCacheError, match="the teacher's logits are NaN or infinite"):
         worker(settings).score(remaining_tasks(open_store(settings.cache), plan)[-2])
     assert not open_store(settings.cache).list("shards")
+
+
+def test_a_probe_leaves_nothing_behind(settings):
+    plan = planned(settings)
+    scorer, store = worker(settings), open_store(settings.cache)
+    task = remaining_tasks(store, plan)[0]
+    assert scorer.score(replace(task, samples=task.samples[:1], is_probe=True)) is None
+    assert not store.list("shards") and not store.list("commits")
+    with pytest.raises(KeyError):
+        scorer.commit(task.shard)
+
+
+def test_samples_that_are_left_out_are_named_by_the_commit(settings, model):
+    """One of them is two records of equal tokens; all others are in the cache, and right."""
+    settings = replace(settings, shard_rows=1000)
+    plan = planned(settings)
+    scorer, store = worker(settings), open_store(settings.cache)
+    (task,) = remaining_tasks(store, plan)
+    places = scorer._samples.places()
+    shared = next(int(s) for s in task.samples if (places.first_row == places.first_row[s]).sum() == 2)
+    bad = [shared, int(task.samples[-1])]
+    rest = np.array([s for s in task.samples if s not in bad])
+    outcome = score(scorer, replace(task, samples=rest, excluded=((bad[1], "too odd"), (bad[0], "kills"))))
+    assert [(s.reason, len(s.source_ids)) for s in outcome.excluded] == [("kills", 2), ("too odd", 1)]
+    assert outcome.num_rows + sum(s.num_rows for s in outcome.excluded) == plan.num_rows
+    cache = Cache.open(settings.cache)
+    assert len(cache) == plan.num_samples - 3
+    lost = {source_id for sample in outcome.excluded for source_id in sample.source_ids}
+    for sample in cache:
+        assert sample.source_id not in lost
+        check_rows(sample.topk, expected(model, sample.input_ids, sample.target_positions), sample.labels)
+    assert verify_cache(settings.cache, deep=True).is_intact
+    assert worker(settings).score(task).excluded == outcome.excluded
+
+
+def test_a_shard_is_committed_while_the_next_one_is_scored(settings, monkeypatch):
+    """The store holds the first commit until the next shard has been scored."""
+    plan = planned(settings)
+    scorer = worker(settings)
+    first, second = remaining_tasks(open_store(settings.cache), plan)[:2]
+    scored = threading.Event()
+    monkeypatch.setattr(
+        scorer._store, "create", lambda *args: scored.wait(60) and LocalStore.create(scorer._store, *args)
+    )
+    assert scorer.score(first) is None
+    with ThreadPoolExecutor(1) as thread:
+        committing = thread.submit(scorer.commit, first.shard)
+        assert scorer.score(second) is None
+        assert not committing.done()
+        scored.set()
+        assert committing.result().shard == first.shard
+    assert scorer.commit(second.shard).num_rows == plan.shard_num_rows[second.shard]
+
+
+def test_rows_wait_for_a_store_that_does_not_answer(settings, monkeypatch):
+    monkeypatch.setattr("logitcache_pipeline.worker.STORE_SECONDS", 0.0)
+    plan = planned(settings)
+    scorer = worker(settings)
+    task = remaining_tasks(open_store(settings.cache), plan)[0]
+    assert scorer.score(task) is None
+    with monkeypatch.context() as away:
+        away.setattr(scorer._store, "put", lambda path, data: (_ for _ in ()).throw(StoreUnavailableError("away")))
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="away"):
+                scorer.commit(task.shard)
+    assert scorer.commit(task.shard).num_rows == plan.shard_num_rows[task.shard]
+
+
+def test_a_worker_that_is_told_to_stop_ends_what_it_has_begun_to_write(settings):
+    plan = planned(settings)
+    scorer = worker(settings)
+    first, second = remaining_tasks(open_store(settings.cache), plan)[:2]
+    assert scorer.score(first) is None
+    scorer.stop()
+    with pytest.raises(WorkerStoppingError, match="told to stop"):
+        scorer.score(second)
+    assert scorer.commit(first.shard).scored
+    assert list(Cache.open(settings.cache).shards) == [first.shard]
 
 
 def test_another_checkpoint_at_a_node_is_refused_by_name(settings, tmp_path):

@@ -1,6 +1,7 @@
 """The command line itself: finding commands, statuses, what an error looks like."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,18 @@ def test_help_lists_every_command_even_one_that_cannot_be_loaded(capsys):
     out = capsys.readouterr().out
     assert "does what it is told" in out and "check every object against its checksum" in out
     assert "absent" in out and "cannot be loaded: No module named 'no_such_module'" in out
+
+
+def test_a_package_that_an_image_leaves_out_is_said_to_be_left_out():
+    code = (
+        "import sys; sys.path = [p for p in sys.path if not p.endswith('/train')];"
+        "from logitcache_storage.cli import main;"
+        "print(main(['--help']), main(['train']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.endswith("0 1\n")
+    assert re.search(r"^  train +not part of this installation$", done.stdout, re.MULTILINE)
+    assert "logitcache train: not part of this installation: the package 'logitcache_train'" in done.stderr
 
 
 def test_help_imports_nothing_heavy():

@@ -9,7 +9,7 @@ from logitcache_storage.cli import main
 from logitcache_storage.commit import create_or_continue, load_commits, quarantine_shard
 from logitcache_storage.objects import open_store
 from logitcache_storage.plans import load_plan
-from logitcache_storage.schema import dump_record
+from logitcache_storage.record_json import dump_record
 from logitcache_storage.status import build_status, busy_seconds
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 

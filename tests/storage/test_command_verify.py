@@ -80,9 +80,10 @@ def test_a_damaged_identity_names_no_command(url, tmp_path, capsys):
     assert "Set aside: 1 shard (1)" in out and "  logitcache build ...\n" in out and "cache.json" in out
 
 
-def test_teacher_goes_with_rescore(url, capsys):
-    assert main(["verify", url, "--teacher", "t"]) == 2
-    assert "--teacher goes with --rescore N" in capsys.readouterr().err
+@pytest.mark.parametrize("option", [["--teacher", "t"], ["--engine-options", '{"tensor_parallel": 2}']])
+def test_what_is_said_of_the_teacher_goes_with_rescore(url, capsys, option):
+    assert main(["verify", url, *option]) == 2
+    assert f"{option[0]} goes with --rescore N" in capsys.readouterr().err
 
 
 def test_json(url, tmp_path, capsys):

@@ -17,7 +17,8 @@ from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, MismatchError, StoreError
 from logitcache_storage.manifest import Manifest
 from logitcache_storage.objects import ObjectStore, open_store
-from logitcache_storage.schema import CorpusIdentity, ObjectRecord, ShardRecord, dump_record, to_json
+from logitcache_storage.record_json import dump_record, to_json
+from logitcache_storage.schema import CorpusIdentity, ObjectRecord, ShardRecord
 from logitcache_storage.testing import FlakyStore, make_identity, make_samples, make_topk, write_cache
 from logitcache_storage.topk import TopKLogProbs
 
@@ -78,7 +79,7 @@ def test_every_write_interrupted(container: str, num_samples: int, after: bool) 
         assert check_samples(store, complete=True) == num_samples
         assert {path: store.get(path) for path in before} == before
         # Nothing is added to a shard that was committed: only the one that was interrupted has two attempts.
-        attempts = {path.split("/")[1].removesuffix(".arrow") for path in store.list("shards")}
+        attempts = {path.split("/")[1].split(".")[0] for path in store.list("shards")}
         shards = [attempt.split("-")[0] for attempt in attempts]
         committed = [path for path in before if path.startswith("commits/")]
         for path in committed:

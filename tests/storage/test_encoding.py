@@ -252,3 +252,16 @@ def test_unknown_precisions_and_layouts() -> None:
         column_types("u4", "plain", 3)
     with pytest.raises(InputError, match="unknown id layout 'ranked'; choose from plain, ascending, split"):
         column_types("u8", "ranked", 3)
+
+
+@pytest.mark.parametrize("layout", ID_LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_without_ids_the_label_is_the_only_column(precision: str, layout: str) -> None:
+    bare = TopKLogProbs.of_labels(make_topk(9, 3, 50).label_log_prob)
+    columns = encode(bare, precision, layout)
+    assert {name: column.dtype for name, column in columns.items()} == column_types(precision, layout, 0)
+    assert columns.keys() == {"label_log_prob"}
+    assert decode(columns, precision, layout).equals(bare)
+    for wrong in (np.zeros((9, 1), np.float32), np.zeros(9, np.float64)):
+        with pytest.raises(CorruptionError, match="shards/7: label_log_prob: expected a column of float32"):
+            decode({"label_log_prob": wrong}, precision, layout, where="shards/7")

@@ -10,7 +10,8 @@ from logitcache_storage.encoding import decode, encode
 from logitcache_storage.errors import CorruptionError, InputError
 from logitcache_storage.id_layouts import default_id_layout, id_layout
 from logitcache_storage.objects import open_store
-from logitcache_storage.schema import ID_LAYOUTS, CacheIdentity, parse, to_json
+from logitcache_storage.record_json import parse, to_json
+from logitcache_storage.schema import ID_LAYOUTS, CacheIdentity
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
 
 IDS = np.int32([[70_000, 5, 9], [3, 140_001, 0]])

@@ -109,3 +109,19 @@ def test_labels_outside_the_vocabulary_or_of_another_length() -> None:
         check_rows(topk, labels[:5], V, where="x")
     with pytest.raises(CorruptionError, match=r"label outside \[0, 20\) at row 1 \(found 20\)"):
         check_rows(topk, np.where(np.arange(6) == 1, V, labels).astype(np.int32), V, where="x")
+
+
+def test_rows_without_ids() -> None:
+    topk, labels = rows()
+    bare = TopKLogProbs.of_labels(topk.label_log_prob)
+    for precision in (None, *PRECISIONS):
+        check_rows(bare, labels, V, where="shard 7", precision=precision)
+    for name, value, match in (
+        ("log_tail", -1e-6, "log_tail other than 0, with no id kept at row 2"),
+        ("num_kept", 1, r"num_kept outside \[0, 0\] at row 2"),
+        ("label_log_prob", 0.5, "label_log_prob that is not finite or above 0 at row 2"),
+    ):
+        column = getattr(bare, name).copy()
+        column[2] = value
+        with pytest.raises(CorruptionError, match=match):
+            check_rows(dataclasses.replace(bare, **{name: column}), labels, V, where="shard 7")

@@ -25,8 +25,9 @@ from logitcache_storage.plans import (
     plan_paths,
     write_samples,
 )
+from logitcache_storage.record_json import dump_record
 from logitcache_storage.samples import target_positions
-from logitcache_storage.schema import CorpusIdentity, ExtensionRecord, PlanRecord, dump_record
+from logitcache_storage.schema import CorpusIdentity, ExtensionRecord, PlanRecord
 from logitcache_storage.status import build_status
 from logitcache_storage.testing import PlannedTokens, _plan_table, make_identity, make_samples, write_cache
 from logitcache_storage.topk import TopKLogProbs

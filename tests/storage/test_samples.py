@@ -90,15 +90,18 @@ def test_parts_of_any_size(sizes: list[int]) -> None:
 
 
 def test_groups_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samples, "GROUPS_KEPT", 2)
+    monkeypatch.setattr(samples, "KEPT_BYTES", 2 * table_of(range(1024)).nbytes)
     monkeypatch.setattr(samples, "FOOTERS_KEPT", 1)
     store, plan = planned([table_of(range(2100)), table_of(range(2100, 3500))])
     table = SamplesTable(store, plan)
     for sample in (0, 1024, 2100, 3499, 0, 5):
         assert np.array_equal(table.tokens(sample)[0], tokens_of(sample))
-        assert len(table._groups) <= 2
+        assert sum(group.nbytes for group in table._groups.values()) <= samples.KEPT_BYTES
+        assert table._num_kept_bytes == sum(group.nbytes for group in table._groups.values())
         assert len(table._footers) == 1
-    assert pickle.loads(pickle.dumps(table))._groups == {}
+    assert len(table._groups) < 4
+    again = pickle.loads(pickle.dumps(table))
+    assert again._groups == {} and np.array_equal(again.tokens(7)[0], tokens_of(7))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError, InputError, MismatchError
+from logitcache_storage.record_json import dump_record, load_record, parse, to_json
 from logitcache_storage.schema import (
     CacheIdentity,
     CorpusIdentity,
@@ -21,11 +22,7 @@ from logitcache_storage.schema import (
     PlanRecord,
     QuarantineRecord,
     ShardRecord,
-    dump_record,
-    load_record,
-    parse,
     parse_object_path,
-    to_json,
 )
 from logitcache_storage.testing import make_identity
 
@@ -133,8 +130,9 @@ def test_plans_that_do_not_add_up(change: dict, match: str) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"k": 0}, "k must be between 1 and the vocabulary size 50, got 0"),
-        ({"k": 51}, "k must be between 1 and the vocabulary size 50, got 51"),
+        ({"k": 0}, "k must be between 1 and the vocabulary size 50 in a cache of role 'teacher', got 0"),
+        ({"k": 51}, "k must be between 1 and the vocabulary size 50 in a cache of role 'teacher', got 51"),
+        ({"k": -1, "role": "reference"}, "k must be between 0 and the vocabulary size 50 in a cache of role"),
         ({"vocab_size": 0}, "vocab_size must be >= 1"),
         ({"kept_mass": 0.0}, r"kept_mass must be in \(0, 1\], got 0.0"),
         ({"kept_mass": 1.1}, "kept_mass must be in"),

@@ -23,6 +23,7 @@ import zarr
 from logitcache_storage import Cache
 from logitcache_storage.schema import CONTAINERS, ID_LAYOUTS, PRECISIONS
 from logitcache_storage.testing import make_identity, make_samples, write_cache
+from logitcache_storage.topk import TopKLogProbs
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,7 +44,8 @@ class SpecReader:
             prefix = f"shards/{commit['shard']:05d}-{commit['attempt']}"
             assert all(item["path"].startswith(prefix) for item in commit["objects"])
             assert commit["num_bytes"] == sum(item["size"] for item in commit["objects"])
-            assert commit["num_rows"] == self.plan["shard_num_rows"][commit["shard"]]
+            lacking = sum(entry["num_rows"] for entry in commit.get("excluded", ()))
+            assert commit["num_rows"] + lacking == self.plan["shard_num_rows"][commit["shard"]]
 
     def record(self, path: str) -> dict[str, Any]:
         """Section 2."""
@@ -90,6 +92,14 @@ class SpecReader:
             assert hashlib.blake2b(packed, digest_size=16).digest() == row["key"]
         return rows
 
+    def first_row(self, row: dict[str, Any]) -> int | None:
+        """Section 2, `excluded`: where the rows of a sample of a committed shard begin; None where it has none."""
+        entries = self.commits[row["shard"]].get("excluded", ())
+        lacking = [entry for entry in entries if entry["first_row"] == row["first_row"]]
+        assert all((e["num_rows"], e["key"]) == (row["num_targets"], row["key"].hex()) for e in lacking)
+        before = sum(entry["num_rows"] for entry in entries if entry["first_row"] < row["first_row"])
+        return None if lacking else row["first_row"] - before
+
     def check_index(self, part: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         """Section 3."""
         data, n = self.checked(part["index"]).read_bytes(), part["num_samples"]
@@ -105,7 +115,9 @@ class SpecReader:
         path = self.folder / f"shards/{number:05d}-{commit['attempt']}"
         names = ["ids", "codes", "num_kept", "log_tail", "label_log_prob"]
         layout = self.identity.get("id_layout", "plain")
-        if layout == "split":
+        if self.identity["k"] == 0:
+            names = ["label_log_prob"]
+        elif layout == "split":
             names.append("ids_high")
         expected = {"shard": number, "precision": self.identity["precision"]}
         if self.identity["container"] == "zarr":
@@ -119,6 +131,10 @@ class SpecReader:
                 about = json.loads(file.schema.metadata[b"logitcache"])
                 columns = {name: file.read_all().column(name).to_pylist() for name in names}
         assert about in (expected, {**expected, "id_layout": layout})
+        if self.identity["k"] == 0:
+            N = commit["num_rows"]
+            nothing = {"ids": [[]] * N, "log_probs": [[]] * N, "num_kept": [0] * N, "log_tail": [0.0] * N}
+            return columns | nothing
         if layout == "split":
             pairs = zip(columns["ids"], columns["ids_high"], strict=True)
             columns["ids"] = [[low + 65536 * high for low, high in zip(*pair, strict=True)] for pair in pairs]
@@ -182,7 +198,8 @@ def crc32c(data: bytes) -> int:
 def compare(folder: Path) -> int:
     """Everything the two readers say of a cache; returns the number of rows."""
     cache, spec = Cache.open(str(folder)), SpecReader(folder)
-    samples = [row for row in spec.samples() if row["shard"] in spec.commits]
+    committed = [row for row in spec.samples() if row["shard"] in spec.commits]
+    samples = [row for row in committed if spec.first_row(row) is not None]
     assert len(samples) == len(cache)
     shards = {number: spec.shard(number) for number in spec.commits}
     for sample, row in zip(cache, samples, strict=True):
@@ -192,14 +209,100 @@ def compare(folder: Path) -> int:
         assert sample.input_ids.tolist() == row["input_ids"]
         assert sample.target_positions.tolist() == positions
         assert len(positions) == row["num_targets"]
-        rows = slice(row["first_row"], row["first_row"] + row["num_targets"])
+        first_row = spec.first_row(row)
+        rows = slice(first_row, first_row + row["num_targets"])
         columns = shards[row["shard"]]
         for name in ("ids", "num_kept", "log_tail", "label_log_prob"):
             assert getattr(sample.topk, name).tolist() == columns[name][rows], name
         np.testing.assert_allclose(sample.topk.log_probs, columns["log_probs"][rows], rtol=1e-6, atol=2e-6)
+    compare_statistics(spec, samples, shards)
     text = pq.read_table(spec.checked(spec.plan["vocabulary"])).column("text").to_pylist()
     assert [cache.vocabulary.text(i) for i in range(len(text))] == text
     return sum(commit["num_rows"] for commit in spec.commits.values())
+
+
+STATISTICS = [
+    *(("num_rows", "I"), ("mean_label_log_prob", "f"), ("min_label_log_prob", "f"), ("surprising_row", "I")),
+    *(("mean_entropy", "f"), ("max_entropy", "f"), ("mean_kept_mass", "f"), ("num_top_1", "I"), ("num_top_k", "I")),
+    *(("doubt", "f"), ("doubtful_row", "I"), ("entropy_bins", "I"), ("kept_mass_bins", "I")),
+    *(("label_rank_bins", "I"), ("label_log_prob_bins", "I")),
+]
+NATS = [step * 10**power for power in (-3, -2, -1, 0) for step in (1, 1.5, 2, 3, 5, 7)] + [10]
+TAILS = [step * 10**power for power in range(-7, 0) for step in (1, 3)]
+
+
+def compare_statistics(spec: SpecReader, samples: list[dict[str, Any]], shards: dict[int, dict[str, Any]]) -> None:
+    """Section 10: what each shard's statistics say, against its rows."""
+    for number, columns in shards.items():
+        commit = spec.commits[number]
+        paths = [item["path"] for item in commit["objects"] if item["path"].endswith(".statistics")]
+        assert paths in ([], [f"shards/{number:05d}-{commit['attempt']}.statistics"])
+        if not paths:
+            continue
+        data = (spec.folder / paths[0]).read_bytes()
+        counts = np.frombuffer(data[:512], "<u4").reshape(4, 32)
+        size = (len(data) - 512) // 60
+        at = range(512, len(data), 4 * size)
+        found = {
+            name: struct.unpack_from(f"<{size}{kind}", data, i) for (name, kind), i in zip(STATISTICS, at, strict=True)
+        }
+        inside = {spec.first_row(row): row for row in samples if row["shard"] == number}
+        assert len(inside) == size
+        total = np.zeros((4, 32), int)
+        for i, (first_row, row) in enumerate(sorted(inside.items())):
+            ranges = row["target_ranges"]
+            targets = [p for a, b in zip(ranges[::2], ranges[1::2], strict=True) for p in range(a, b)]
+            rows = [
+                statistics_of_row(
+                    {name: column[first_row + m] for name, column in columns.items()}, row["input_ids"][p]
+                )
+                for m, p in enumerate(targets)
+            ]
+            total += sum(np.array([[b == i for i in range(32)] for b in r["bins"]]) for r in rows)
+            for name, value in statistics_of_sample(rows).items():
+                assert found[name][i] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        assert (counts.sum(1) == commit["num_rows"]).all() and (counts == total).all()
+
+
+def statistics_of_row(row: dict[str, Any], label: int) -> dict[str, Any]:
+    """Section 10, of one row."""
+    kept, log_probs = row["ids"][: row["num_kept"]], row["log_probs"][: row["num_kept"]]
+    outcomes = [*log_probs, row["log_tail"]]
+    entropy = -sum(math.exp(x) * x for x in outcomes if x > -math.inf)
+    rank = kept.index(label) + 1 if label in kept else 0
+    digits = len(f"{rank - 1:b}") if rank > 1 else 0
+    bins = (
+        sum(edge <= entropy for edge in NATS),
+        sum(edge <= math.exp(row["log_tail"]) for edge in TAILS),
+        digits if rank else 31,
+        sum(edge <= -row["label_log_prob"] for edge in [*NATS, 15, 20, 30]),
+    )
+    doubt = 0.0 if rank else math.exp(log_probs[0])
+    mass = sum(map(math.exp, log_probs))
+    return {"lp": row["label_log_prob"], "entropy": entropy, "mass": mass, "rank": rank, "doubt": doubt, "bins": bins}
+
+
+def statistics_of_sample(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Section 10, of one sample."""
+    lps, entropies, doubts = ([row[name] for row in rows] for name in ("lp", "entropy", "doubt"))
+    masks = {
+        f"{name}_bins": sum({1 << row["bins"][i] for row in rows})
+        for i, name in enumerate(("entropy", "kept_mass", "label_rank", "label_log_prob"))
+    }
+    return {
+        "num_rows": len(rows),
+        "mean_label_log_prob": sum(lps) / len(rows),
+        "min_label_log_prob": min(lps),
+        "surprising_row": lps.index(min(lps)),
+        "mean_entropy": sum(entropies) / len(rows),
+        "max_entropy": max(entropies),
+        "mean_kept_mass": sum(row["mass"] for row in rows) / len(rows),
+        "num_top_1": sum(row["rank"] == 1 for row in rows),
+        "num_top_k": sum(row["rank"] > 0 for row in rows),
+        "doubt": max(doubts),
+        "doubtful_row": doubts.index(max(doubts)),
+        **masks,
+    }
 
 
 @pytest.mark.parametrize("layout", ID_LAYOUTS)
@@ -214,6 +317,28 @@ def test_a_reader_written_from_the_specification(tmp_path: Path, container: str,
     unfinished = compare(tmp_path)
     write_cache(str(tmp_path), samples, topks, identity=identity, columns={"weight": [0.5] * 14})
     assert 0 < unfinished < compare(tmp_path) == sum(len(topk) for topk in topks)
+
+
+@pytest.mark.parametrize("num_shards", [None, 2])
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_without_some_samples(tmp_path: Path, container: str, num_shards: int | None) -> None:
+    samples, topks = make_samples(14, k=5, vocab_size=50, seed=3)
+    identity = make_identity(container=container, k=5, shard_rows=40)
+    excluded = {0: "first of its shard", 3: "one", 4: "behind the other", 9: "last of its shard"}
+    write_cache(str(tmp_path), samples, topks, identity=identity, excluded=excluded, commit_shards=num_shards)
+    if num_shards is None:
+        assert compare(tmp_path) == sum(len(topk) for i, topk in enumerate(topks) if i not in excluded)
+    else:
+        assert 0 < compare(tmp_path) < Cache.open(str(tmp_path)).plan.num_rows
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_without_ids(tmp_path: Path, container: str) -> None:
+    samples, topks = make_samples(60, k=5, vocab_size=50, seed=3, max_targets=250)
+    rows = [TopKLogProbs.of_labels(topk.label_log_prob) for topk in topks]
+    identity = make_identity(container=container, role="reference", k=0, shard_rows=5000)
+    write_cache(str(tmp_path), samples, rows, identity=identity)
+    assert compare(tmp_path) == sum(map(len, rows)) > 4096
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

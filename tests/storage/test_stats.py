@@ -8,6 +8,7 @@ import pytest
 from logitcache_storage import stats
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.manifest import Manifest, manifest_bytes, parse_manifest
 from logitcache_storage.stats import choose_shards, distributions, total
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
 
@@ -44,6 +45,21 @@ def rows(cache):
             rank = ids.tolist().index(label) + 1 if label in ids else 0
             found.append((-(outcomes * np.log(outcomes)).sum(), outcomes[:-1].sum(), float(label_log_prob), rank))
     return np.array(found)
+
+
+def test_a_manifest_says_the_same_at_once(cache):
+    manifest, records = cache.shards, dict(cache.shards)
+    assert isinstance(manifest, Manifest)
+    found, expected = total(manifest), total(records)
+    for field in dataclasses.fields(found):
+        assert getattr(found, field.name) == pytest.approx(getattr(expected, field.name), rel=1e-12), field.name
+    assert expected == total(records.values())
+    lacking = dataclasses.replace(records[1], statistics={"num_kept_sum": 1.0})
+    data = manifest_bytes({**records, 1: lacking})
+    with pytest.raises(CorruptionError, match="the manifest lacks the statistic 'entropy_sum' of some shard"):
+        total(parse_manifest(data, len(records), where="here"))
+    empty = total(parse_manifest(manifest_bytes({}), 0, where="here"))
+    assert empty == total({}) and empty.entropy is None and empty.num_rows == 0
 
 
 def test_totals_are_the_means_over_all_rows(cache, rows):

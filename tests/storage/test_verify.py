@@ -26,7 +26,7 @@ from logitcache_storage.encoding import encode
 from logitcache_storage.errors import CacheNotFoundError, MismatchError, StoreError
 from logitcache_storage.objects import open_store
 from logitcache_storage.plans import load_plan
-from logitcache_storage.schema import dump_record
+from logitcache_storage.record_json import dump_record
 from logitcache_storage.shard_format import shard_format
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 from logitcache_storage.verify import verify_cache

@@ -1,13 +1,18 @@
 """Whole runs with several caches, samples missing, rows of one's own, and what is logged where."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers.integrations import WandbCallback
 
+from logitcache_storage import Cache, TopKLogProbs
 from logitcache_storage.errors import InputError, MismatchError
+from logitcache_storage.testing import write_cache
 
 ONE_STEP = {"objective": "kd", "batch_tokens": 10**6, "max_steps": 1, "learning_rate": 0}
 """All samples in one step that changes nothing: the loss does not depend on their order."""
@@ -144,3 +149,38 @@ def test_wandb_gets_what_is_logged(run, made, tmp_path, monkeypatch):
     log = run(made, tmp_path / "out", report_to="wandb", max_steps=1)
     for name in ("loss", "p_label", "gamma", "teacher_tail", "target_entropy", "grad_norm", "target_tokens_per_second"):
         assert logged[f"train/{name}"] == log[0][name]
+
+
+@pytest.mark.parametrize("name", ["psft", "iw_sft"])
+def test_objectives_that_read_labels_alone_train_from_a_cache_without_ids(run, plain, tmp_path, name):
+    """As from one with ids: the same losses to the last bit, and the same held-out metrics."""
+    cache = Cache.open(plain.cache)
+    samples = [(sample.input_ids, _ranges(sample.target_positions)) for sample in cache]
+    rows = [TopKLogProbs.of_labels(sample.topk.label_log_prob) for sample in cache]
+    bare = str(tmp_path / "bare")
+    write_cache(bare, samples, rows, identity=replace(plain.identity, role="reference", k=0))
+    options = {"objective": name, "max_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    logs = {
+        url: run(plain, tmp_path / Path(url).name, **options, cache=f"reference={url}", eval_cache=f"reference={url}")
+        for url in (plain.cache, bare)
+    }
+    assert losses(logs[bare]) == losses(logs[plain.cache]) and len(losses(logs[bare])) == 3
+    held_out = [next(entry for entry in log if "eval_loss" in entry) for log in logs.values()]
+    assert held_out[0]["eval_loss"] == held_out[1]["eval_loss"]
+
+
+@pytest.mark.parametrize(("name", "role"), [("kl_sft", "reference"), ("target_sft", "teacher"), ("kd", "teacher")])
+def test_objectives_that_train_towards_a_distribution_refuse_a_cache_without_ids(run, plain, tmp_path, name, role):
+    cache = Cache.open(plain.cache)
+    sample = cache[0]
+    bare = str(tmp_path / "bare")
+    rows = TopKLogProbs.of_labels(sample.topk.label_log_prob)
+    tokens = (sample.input_ids, _ranges(sample.target_positions))
+    write_cache(bare, [tokens], [rows], identity=replace(plain.identity, role="reference", k=0))
+    with pytest.raises(InputError, match=rf"{name!r} trains towards .* {role} cache, .*\(k = 0\); build it with --k"):
+        run(plain, tmp_path / "out", objective=name, cache=f"{role}={bare}")
+
+
+def _ranges(positions):
+    """Target ranges of one position each."""
+    return np.stack([positions, positions + 1], axis=1).astype(np.int32)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import CacheNotFoundError, InputError, LogitCacheError, MismatchError
-from logitcache_storage.testing import make_samples, write_cache
 
 
 def steps(log):
@@ -42,6 +41,17 @@ def test_true_resumes_the_last_checkpoint_of_the_output_folder(run, made, tmp_pa
     shutil.rmtree(tmp_path / "out" / "checkpoint-5")
     resumed = run(made, tmp_path / "out", **options, resume_from_checkpoint="true")
     assert losses(resumed) == losses(whole)
+
+
+def test_auto_starts_a_run_and_goes_on_after_a_crash(run, made, tmp_path):
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": "auto"}
+    whole = run(made, tmp_path / "out", **options)
+    # Killed while it was writing the last checkpoint: the state is not there yet.
+    first, _, last = states = [tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json" for step in (2, 4, 5)]
+    last.unlink()
+    written = first.stat().st_mtime_ns
+    assert losses(run(made, tmp_path / "out", **options)) == losses(whole)
+    assert all(state.exists() for state in states) and first.stat().st_mtime_ns == written
 
 
 def test_accumulation_packing_and_activation_checkpointing_change_no_loss(run, plain, tmp_path):
@@ -230,14 +240,6 @@ def test_a_student_of_damaged_weights_is_refused(run, made, tmp_path):
     save_file(weights, tmp_path / "student" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"student .* cannot be a student: its logits are NaN or infinite"):
         run(made, tmp_path / "out", student=tmp_path / "student")
-
-
-def test_an_unfinished_cache_is_trained_on_and_said_to_be(run, made, tmp_path, capfd):
-    samples, topks = make_samples(60, made.identity.k, made.vocab_size, seed=3)
-    url = str(tmp_path / "cache")
-    write_cache(url, samples, topks, identity=made.identity, commit_shards=2)
-    run(made, tmp_path / "out", cache=url, max_steps=1)
-    assert "the teacher cache is unfinished:" in capfd.readouterr().err
 
 
 def test_bfloat16_arithmetic_keeps_float32_weights_and_about_the_loss(run, plain, tmp_path):

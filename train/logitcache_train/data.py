@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import InputError, MismatchError
 from logitcache_storage.fingerprints import fingerprint
-from logitcache_storage.schema import to_json
+from logitcache_storage.record_json import to_json
 from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches, window_starts
 from logitcache_train.collate import TrainingSample
-from logitcache_train.columns import column_readers
+from logitcache_train.columns import NO_FILES, ColumnFiles, column_readers
 from logitcache_train.joining import Missing, join_by_key
 from logitcache_train.objectives import Objective
 from logitcache_train.reading import Needs, ReadAhead, RowReader, Source, TokenSource, check_room
@@ -65,6 +65,7 @@ class CachedSamples(Dataset[Any]):
         missing: Missing = "error",
         also: Sequence[str] = (),
         option: str = "--cache",
+        columns: ColumnFiles = NO_FILES,
     ) -> None:
         """Look the samples up; nothing of a shard is read yet.
 
@@ -75,9 +76,11 @@ class CachedSamples(Dataset[Any]):
             missing: what to do with samples that one of the caches lacks.
             also: roles that are read besides those of the objective, where they are given.
             option: what a user adds a cache with, for messages.
+            columns: per-target data besides the corpus's own.
 
         Raises:
-            InputError: there are no samples, or a cache or a column that the objective needs is not there.
+            InputError: there are no samples, or a cache or a column that the objective needs is not there, or a cache
+                keeps no ids and the objective needs them.
             MismatchError: a cache lacks samples of the first one.
         """
         for role in objective.roles:
@@ -86,6 +89,7 @@ class CachedSamples(Dataset[Any]):
                     f"objective {objective.name!r} needs a {role} cache, given: {', '.join(caches)};"
                     f" add {option} {role}=URL"
                 )
+        _refuse_without_ids(caches, objective)
         self.primary = next(iter(caches.values()))[0]
         index = self.primary.index
         if not len(index):
@@ -109,7 +113,8 @@ class CachedSamples(Dataset[Any]):
             for role in read
         }
         self._ahead = self._read_ahead(window_shards)
-        self._columns = column_readers(objective, self.primary)
+        self._column_files = columns
+        self._columns = column_readers(objective, self.primary, self._kept, columns)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -138,7 +143,8 @@ class CachedSamples(Dataset[Any]):
         """Of the samples, their shards and what is read of them: where equal, equal settings give equal batches."""
         digest = hashlib.sha256(self.shard.tobytes())
         digest.update(self.primary.keys()[self._kept].tobytes())
-        return fingerprint([digest.hexdigest(), *(to_json(identity) for identity in self._identities)])
+        identities = (to_json(identity) for identity in self._identities)
+        return fingerprint([digest.hexdigest(), *identities, *filter(None, [self._column_files.fingerprint()])])
 
     def check_token_ids(self, limit: int, *, student: str) -> None:
         """Refuse a student that has no token of some id in the samples; reads all token ids.
@@ -184,6 +190,16 @@ class CachedSamples(Dataset[Any]):
         columns = {name: read(row, positions, len(input_ids), place) for name, read in self._columns.items()}
         topks = {role: tuple(reader.rows(index) for reader in several) for role, several in self._rows.items()}
         return TrainingSample(self._key(index), input_ids, positions, topks, columns)
+
+
+def _refuse_without_ids(caches: Mapping[str, Sequence[Cache]], objective: Objective) -> None:
+    """Of a cache with k = 0, coefficients can read the label's log-prob; there is no distribution to train towards."""
+    for cache in caches[objective.role] if objective.role is not None else ():
+        if not cache.identity.k:
+            raise InputError(
+                f"objective {objective.name!r} trains towards the distribution of the {objective.role} cache, and"
+                f" {cache.store.url} keeps the label's log-prob alone (k = 0); build it with --k 64 or so"
+            )
 
 
 class GlobalBatchSampler(Sampler[Any]):

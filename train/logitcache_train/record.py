@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import InputError, MismatchError
-from logitcache_storage.schema import to_json
+from logitcache_storage.record_json import to_json
 from logitcache_train.data import CachedSamples
 from logitcache_train.settings import TrainSettings
 
@@ -48,6 +48,7 @@ def run_record(
         "objective_row": settings.objective_row,
         "mixing": asdict(settings.mixing) if num_teachers > 1 else None,
         "missing": settings.missing,
+        "columns": list(settings.columns),
         "lora": None if settings.lora is None else asdict(settings.lora),
         "batch_tokens": batch_tokens,
         "window_shards": settings.window_shards,
@@ -90,11 +91,16 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
     """The checkpoint that the run goes on from; None for a new run.
 
+    With `auto` the last whole one of the output folder, or none: the same command for the first start and after a loss.
+
     Raises:
         InputError: there is none where one was asked for, there is one and nobody said what to do with it, or it is
             sharded and the run is not, or the other way round.
     """
     asked = str(settings.arguments.resume_from_checkpoint)
+    if asked.lower() == "auto":
+        checkpoint = _last_whole_checkpoint(settings.output)
+        return None if checkpoint is None else _check_sharding(checkpoint, settings)
     last = get_last_checkpoint(settings.output) if settings.output.is_dir() else None
     if asked.lower() in ("none", "false"):
         if last is not None:
@@ -108,6 +114,18 @@ def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
     checkpoint = Path(str(last)) if asked.lower() == "true" else Path(asked)
     if not (checkpoint / "trainer_state.json").is_file():
         raise InputError(f"--resume_from_checkpoint {asked}: no trainer_state.json there; name a folder checkpoint-N")
+    return _check_sharding(checkpoint, settings)
+
+
+def _last_whole_checkpoint(output: Path) -> Path | None:
+    """None where there is none. The Trainer writes the state last, so one without it was being written at the end."""
+    states = output.glob("checkpoint-*/trainer_state.json")
+    steps = {path.parent.name.removeprefix("checkpoint-"): path.parent for path in states}
+    last = max((step for step in steps if step.isdecimal()), key=int, default=None)
+    return None if last is None else steps[last]
+
+
+def _check_sharding(checkpoint: Path, settings: TrainSettings) -> Path:
     was_sharded = any(checkpoint.glob(SHARDED_WEIGHTS))
     if was_sharded != bool(settings.arguments.fsdp):
         raise InputError(
@@ -139,7 +157,12 @@ def check_same_run(record: Mapping[str, Any], checkpoint: Path) -> None:
 def _described(caches: Mapping[str, Sequence[Cache]]) -> dict[str, list[dict[str, Any]]]:
     return {
         role: [
-            {"url": re.sub(r"//[^/@]*@", "//", cache.store.url), "identity": to_json(cache.identity)}
+            {
+                "url": re.sub(r"//[^/@]*@", "//", cache.store.url),
+                "identity": to_json(cache.identity),
+                # What `unfinished.agreed` goes by when the run is resumed and the cache has grown.
+                "shards": None if cache.is_complete else sorted(cache.shards),
+            }
             for cache in several
         ]
         for role, several in caches.items()

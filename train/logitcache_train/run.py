@@ -26,6 +26,7 @@ from logitcache_storage.errors import InputError
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.terminal import format_count
 from logitcache_train.collate import Layout
+from logitcache_train.columns import ColumnFiles
 from logitcache_train.data import CachedSamples
 from logitcache_train.held_out import HELD_OUT_METRICS
 from logitcache_train.joining import check_same_tokenizers
@@ -35,9 +36,7 @@ from logitcache_train.record import check_same_run, checkpoint_to_resume, read_r
 from logitcache_train.settings import DEFAULT_LOCAL_CACHE_BYTES, TrainSettings
 from logitcache_train.student import choose_layout, make_student
 from logitcache_train.trainer import CachedTargetTrainer
-
-Caches = Mapping[str, Sequence[Cache]]
-"""Role to its caches."""
+from logitcache_train.unfinished import Caches, agreed, check_finished
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +64,7 @@ def train(settings: TrainSettings) -> None:
     # Several devices in one process would be nn.DataParallel, which cuts inputs along a dimension that targets lack.
     idle_devices, arguments._n_gpu = max(arguments.n_gpu - 1, 0), min(arguments.n_gpu, 1)
     checkpoint = checkpoint_to_resume(settings)
-    data = _open_data(settings)
+    data = _open_data(settings, checkpoint)
     model, tokenizer, layout = _ready_student(settings, data)
     batch_tokens = resolve_batch_tokens(settings, data.samples, checkpoint)
     record = run_record(settings, data.caches, data.eval_caches, data.samples, batch_tokens)
@@ -111,7 +110,7 @@ def resolve_batch_tokens(settings: TrainSettings, samples: CachedSamples, checkp
     return max(1, round(batch_size * mean_length))
 
 
-def _open_data(settings: TrainSettings) -> _Data:
+def _open_data(settings: TrainSettings, checkpoint: Path | None) -> _Data:
     disk = None
     if settings.local_cache is not None:
         disk = DiskCache(settings.local_cache, settings.local_cache_bytes or DEFAULT_LOCAL_CACHE_BYTES)
@@ -123,8 +122,21 @@ def _open_data(settings: TrainSettings) -> _Data:
         }
 
     caches, eval_caches = opened(settings.caches), opened(settings.eval_caches)
+    if settings.allow_partial:
+        caches = agreed(caches, None if checkpoint is None else read_record(checkpoint))
+        eval_caches = agreed(eval_caches, None)
+    else:
+        check_finished(caches)
+        check_finished(eval_caches)
     check_same_tokenizers([cache for each in (caches, eval_caches) for several in each.values() for cache in several])
-    samples = CachedSamples(caches, settings.objective, window_shards=settings.window_shards, missing=settings.missing)
+    columns = ColumnFiles(settings.columns, settings.storage_options)
+    samples = CachedSamples(
+        caches,
+        settings.objective,
+        window_shards=settings.window_shards,
+        missing=settings.missing,
+        columns=columns,
+    )
     held_out = None
     if eval_caches:
         held_out = CachedSamples(
@@ -135,6 +147,7 @@ def _open_data(settings: TrainSettings) -> _Data:
             missing=settings.missing,
             also=("teacher",),
             option="--eval_cache",
+            columns=columns,
         )
     return _Data(caches, eval_caches, samples, held_out)
 
@@ -165,6 +178,9 @@ def _notes(settings: TrainSettings, data: _Data) -> list[str]:
             if not cache.is_complete:
                 there = f"{len(cache)} of {cache.plan.num_samples} samples are there"
                 notes.append(f"the {role} cache is unfinished: {there}")
+            elif len(cache) < cache.plan.num_samples:
+                lost = cache.plan.num_samples - len(cache)
+                notes.append(f"the {role} cache lacks {lost:,} samples that could not be scored: 'logitcache status'")
         if role not in data.samples.roles:
             notes.append(f"objective {settings.objective.name!r} reads no distribution of the {role} cache")
     for what, samples in (("samples", data.samples), ("held-out samples", data.held_out)):

@@ -69,6 +69,8 @@ class TrainSettings:
     """Of several teachers."""
     missing: Missing = "error"
     """What to do with samples that one of the caches lacks."""
+    allow_partial: bool = False
+    """Train on what there is of a cache whose build has not ended."""
     lora: LoraSettings | None = None
     batch_tokens: int | None = None
     """Input tokens of a global batch; None: see `run.resolve_batch_tokens`."""
@@ -77,6 +79,8 @@ class TrainSettings:
     packing: Packing = "auto"
     dtype: str = "float32"
     attn_implementation: str | None = None
+    columns: tuple[str, ...] = ()
+    """Files with per-target data, see `ColumnFiles`."""
     storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
     local_cache: str | None = None
     """Folder on a local disk for what is read of the caches; None: they are read in place."""
@@ -133,6 +137,8 @@ def parse_settings(args: Namespace) -> TrainSettings:
         objective_row=own["objective"] if isinstance(own["objective"], dict) else None,
         arguments=_training_arguments(rest, own["output"], eval_caches),
         eval_caches=eval_caches,
+        allow_partial=own["allow_partial"] == "true",
+        columns=tuple(own["columns"] or ()),
         mixing=_mixing(own, caches, obj),
         lora=_lora(own),
         **{name: own[name] for name in optional if own[name] is not None},
@@ -243,6 +249,8 @@ def _words(name: str, value: Any) -> list[str]:
         roles = value.items() if isinstance(value, dict) else [("", value)]
         urls = [(role, url) for role, several in roles for url in (several if isinstance(several, list) else [several])]
         return [word for role, url in urls for word in (flag, f"{role}={url}" if role else str(url))]
+    if name == "columns":
+        return [word for path in (value if isinstance(value, list) else [value]) for word in (flag, str(path))]
     if isinstance(value, list):
         return [flag, ",".join(map(str, value))] if name in COMMA_SEPARATED else [flag, *map(str, value)]
     return [flag, json.dumps(value) if isinstance(value, dict | bool) else str(value)]

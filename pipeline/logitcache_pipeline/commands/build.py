@@ -33,10 +33,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Build; exit status 1 when more shards are quarantined than allowed."""
+    """Build; exit status 1 when more samples are quarantined than allowed."""
     from logitcache_pipeline.settings import BuildSettings
     from logitcache_storage.errors import InputError
-    from logitcache_storage.schema import parse
+    from logitcache_storage.record_json import parse
 
     config = getattr(args, "config", None)
     known = {*BuildSettings.__dataclass_fields__, *_STORAGE_OPTIONS}
@@ -116,14 +116,21 @@ def _add_main(parser: ArgumentParser) -> None:
         help="JSONL (also .gz, .zst), Parquet, a saved Hugging Face dataset or a dataset name; patterns are welcome",
     )
     parser.add_argument("--cache", metavar="URL", help="where the cache goes: a folder, or any URL that fsspec knows")
-    parser.add_argument("--k", type=int, metavar="N", help="log-probs kept per target token (64)")
+    parser.add_argument(
+        "--k",
+        type=int,
+        metavar="N",
+        help="log-probs kept per target token (64); 0, with --role reference: the label's alone",
+    )
     parser.add_argument("--config", metavar="FILE.yaml", help="options from a file; the command line wins")
     parser.add_argument(
         "--extend", action="store_true", help="add the data to the cache that is there, behind what it holds"
     )
     parser.add_argument("--log-format", choices=["text", "json"], help="lines for people, or JSON objects (text)")
     parser.add_argument("--engine", metavar="NAME", help="what runs the teacher: transformers (the default) or vllm")
-    parser.add_argument("--role", choices=["teacher", "reference"], help="what the cache is for (teacher)")
+    parser.add_argument(
+        "--role", choices=["teacher", "reference"], help="what the cache is for (teacher); reference: also old policies"
+    )
     parser.add_argument(
         "--dtype", metavar="NAME", help="float32, bfloat16 or float16 (auto: bfloat16 on GPUs, float32 on CPUs)"
     )
@@ -165,8 +172,15 @@ def _add_run(parser: ArgumentParser) -> None:
         "--engine-options", metavar="JSON", type=storage_options, help="for the engine, e.g. vLLM's max_model_len"
     )
     group.add_argument("--ray-address", metavar="A", help="a running cluster, e.g. auto or HOST:6379 (a local one)")
-    group.add_argument("--tokens-per-batch", type=int, metavar="N", help="padded tokens the teacher sees at once")
-    group.add_argument("--max-attempts", type=int, metavar="N", help="attempts at a shard before it is set aside (3)")
+    group.add_argument(
+        "--tokens-per-batch", type=int, metavar="N", help="tokens the teacher sees at once (16,384; 1,024 on CPUs)"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="put the teacher through torch.compile: takes minutes, pays in long runs"
+    )
+    group.add_argument(
+        "--max-attempts", type=int, metavar="N", help="attempts at a shard before its samples are tried apart (3)"
+    )
     group.add_argument(
         "--shard-deadline",
         type=float,
@@ -174,7 +188,12 @@ def _add_run(parser: ArgumentParser) -> None:
         help="an attempt that takes longer is killed (20x the slowest)",
     )
     group.add_argument(
-        "--allow-quarantine", type=int, metavar="N", help="shards that may be lost without exit status 1 (0)"
+        "--allow-quarantine", type=int, metavar="N", help="samples that may be lost without exit status 1 (0)"
+    )
+    group.add_argument(
+        "--retry-quarantine",
+        action="store_true",
+        help="score the shards again from which single samples were left out",
     )
 
 

@@ -56,10 +56,10 @@ class Teacher(Protocol):
         """Which model this is, and in which arithmetic."""
 
     def score(self, requests: Sequence[ScoringRequest], k: int) -> list[TopKLogProbs]:
-        """One answer for each request, in their order, with `num_kept` k everywhere.
+        """One answer for each request, in their order, with `num_kept` k everywhere; k may be 0.
 
         Raises:
-            InputError: k is not in 1..vocab_size, or a request is too long or holds ids outside the vocabulary.
+            InputError: k is not in 0..vocab_size, or a request is too long or holds ids outside the vocabulary.
             LogitCacheError: the model's logits are NaN or infinite.
         """
 
@@ -70,8 +70,8 @@ def check_requests(requests: Sequence[ScoringRequest], k: int, teacher: Teacher)
     Raises:
         InputError: see `Teacher.score`.
     """
-    if not 1 <= k <= teacher.vocab_size:
-        raise InputError(f"k must be between 1 and the teacher's vocabulary size {teacher.vocab_size}, got {k}")
+    if not 0 <= k <= teacher.vocab_size:
+        raise InputError(f"k must be between 0 and the teacher's vocabulary size {teacher.vocab_size}, got {k}")
     for i, request in enumerate(requests):
         low, high = int(request.input_ids.min()), int(request.input_ids.max())
         if low < 0 or high >= teacher.vocab_size:

@@ -57,7 +57,6 @@ class VllmTeacher:
         revision: str | None = None,
         trust_remote_code: bool = False,
         tensor_parallel: int = 1,
-        max_k: int = 64,
         tokens_per_batch: int | None = None,
         route: Route | None = None,
         **options: Any,
@@ -71,7 +70,6 @@ class VllmTeacher:
             revision: branch, tag or commit of a hub id.
             trust_remote_code: run model code that comes with the checkpoint.
             tensor_parallel: devices the model is spread over.
-            max_k: the largest k that will be asked for (`prompt_logprobs` reserves it).
             tokens_per_batch: tokens of a step (vLLM's `max_num_batched_tokens`); longer prompts come in several.
             route: None: `pooling` where the architecture is known to it.
             options: handed to vLLM's `LLM`, e.g. `gpu_memory_utilization`, `max_model_len`, `quantization`.
@@ -90,8 +88,7 @@ class VllmTeacher:
             raise InputError(f"the engine vllm needs vLLM ({e}); pip install 'logitcache[pipeline,vllm]'") from e
         try:
             config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-            architecture = (config.architectures or ["unknown"])[0]
-            chosen = route or ("pooling" if architecture in ARCHITECTURES else "prompt_logprobs")
+            architecture, chosen = choose_route(config, route)
             log.info("vLLM scores %s (%s) by the route %s", path, architecture, chosen)
             common = {
                 "dtype": dtype or _stored_dtype(config),
@@ -107,7 +104,7 @@ class VllmTeacher:
                 "max_num_batched_tokens": tokens_per_batch,
             }
             # vLLM's own default for pooling models would run the head in float32 whatever the model's dtype.
-            engine = LLM(path, **common, **_engine_arguments(chosen, architecture, max_k), **options)
+            engine = LLM(path, **common, **_engine_arguments(chosen, architecture), **options)
         except (OSError, ValueError, RuntimeError) as e:
             raise InputError(f"vLLM cannot run {path!r}: {e}") from e
         arithmetic = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -168,14 +165,20 @@ class VllmTeacher:
         ]
 
 
+def choose_route(config: Any, route: Route | None = None) -> tuple[str, Route]:
+    """The architecture of a model's config, and the route that it takes where none is asked for."""
+    architecture: str = (config.architectures or ["unknown"])[0]
+    return architecture, route or ("pooling" if architecture in ARCHITECTURES else "prompt_logprobs")
+
+
 def _stored_dtype(config: Any) -> str:
     # vLLM's "auto" would take float16 for some float32 checkpoints.
     return str(config.get_text_config().dtype or "bfloat16").removeprefix("torch.")
 
 
-def _engine_arguments(route: Route, architecture: str, max_k: int) -> dict[str, Any]:
+def _engine_arguments(route: Route, architecture: str) -> dict[str, Any]:
     if route == "prompt_logprobs":
-        return {"max_logprobs": max_k, "logprobs_mode": "raw_logprobs"}
+        return {"max_logprobs": -1, "logprobs_mode": "raw_logprobs"}  # no bound besides the vocabulary
     return {
         "runner": "pooling",
         "convert": "none",
@@ -202,6 +205,8 @@ def _from_flat(flat: Any, request: ScoringRequest, k: int, vocab_size: int) -> T
 
 def _log_rest(log_probs: npt.NDArray[np.float32], vocab_size: int) -> npt.NDArray[np.float32]:
     """log(1 - sum of the kept), but never more than if every other token were as likely as the last that is kept."""
+    if not log_probs.shape[1]:
+        return np.zeros(len(log_probs), dtype=np.float32)
     kept = log_probs.astype(np.float64)
     rest = np.clip(1.0 - np.exp(kept).sum(axis=1), 0.0, (vocab_size - kept.shape[1]) * np.exp(kept[:, -1]))
     with np.errstate(divide="ignore"):

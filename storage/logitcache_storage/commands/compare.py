@@ -73,7 +73,9 @@ def _data(found: Comparison) -> dict[str, Any]:
 def _show(found: Comparison) -> None:
     from logitcache_storage.terminal import facts_table, open_console, show
 
-    items: list[Any] = [facts_table(_facts(found)), "", _histogram(found.histogram, found.num_rows)]
+    items: list[Any] = [facts_table(_facts(found))]
+    if found.histogram:
+        items += ["", _histogram(found.histogram, found.num_rows)]
     if found.most_different:
         items += ["", _samples(found.most_different), "", "Look at one with 'logitcache inspect URL --sample KEY'."]
     show(open_console(), *items)
@@ -87,13 +89,21 @@ def _facts(found: Comparison) -> Facts:
         ("only in A", _unmatched(found.only_a)),
         ("only in B", _unmatched(found.only_b)),
         *(("differs", setting) for setting in found.settings),
+        *_distribution_facts(found),
+        ("label log-prob", f"B - A {found.label_difference:+.3g} nats, |B - A| {_nats(found.label_distance)}"),
+        ("not resolved", f"{found.rest_mass_a:.2%} of A and {found.rest_mass_b:.2%} of B, on ids not kept by both"),
+    ]
+
+
+def _distribution_facts(found: Comparison) -> Facts:
+    if found.kl_ab is None:
+        return [("distributions", "not compared: one of the caches keeps no ids (k = 0)")]
+    return [
         ("KL(A || B)", f"{_nats(found.kl_ab)} nats per token"),
         ("KL(B || A)", f"{_nats(found.kl_ba)} nats per token"),
         ("JS", f"{_nats(found.js)} nats per token"),
         ("same first choice", f"{found.top_1_agreement:.2%}"),
         ("kept by both", f"{found.top_k_overlap:.2%} of the ids"),
-        ("label log-prob", f"B - A {found.label_difference:+.3g} nats, |B - A| {_nats(found.label_distance)}"),
-        ("not resolved", f"{found.rest_mass_a:.2%} of A and {found.rest_mass_b:.2%} of B, on ids not kept by both"),
     ]
 
 
@@ -126,16 +136,19 @@ def _samples(samples: tuple[SampleComparison, ...]) -> Table:
     from logitcache_storage.visible import printable
 
     table = Table(box=None, title="samples that differ most (means, nats)", title_justify="left", pad_edge=False)
-    for name in ("key", "rows", "KL(A||B)", "KL(B||A)", "same 1st", "label B-A"):
+    has_ids = samples[0].kl_ab is not None
+    for name in ("key", "rows", *(("KL(A||B)", "KL(B||A)", "same 1st") if has_ids else ("|B-A|",)), "label B-A"):
         table.add_column(name, justify="left" if name == "key" else "right", no_wrap=True)
     table.add_column("source", overflow="fold")
     for found in samples:
         table.add_row(
             found.key[:12],
             f"{found.num_rows:,}",
-            _nats(found.kl_ab),
-            _nats(found.kl_ba),
-            f"{found.top_1_agreement:.0%}",
+            *(
+                (_nats(found.kl_ab), _nats(found.kl_ba), f"{found.top_1_agreement:.0%}")
+                if has_ids
+                else (_nats(found.label_distance),)
+            ),
             f"{found.label_difference:+.3g}",
             Text(printable(found.source_id)),
         )
@@ -146,5 +159,5 @@ def _edge(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if 0 < value < 0.01 else f"{value:g}"
 
 
-def _nats(value: float) -> str:
-    return f"{value:.4g}"
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
     from logitcache_storage.terminal import print_json
 
     cache = Cache.open(args.url, args.storage_options)
-    totals = total(cache.shards.values())
+    totals = total(cache.shards)
     by_shard = {n: total([cache.shards[n]]) for n in sorted(cache.shards)} if args.by_shard else {}
     found = distributions(cache, choose_shards(cache.shards, args.sample_shards), quiet=False)
     if args.json:
@@ -84,7 +84,9 @@ def _show(cache: Cache, totals: Totals, by_shard: dict[int, Totals], found: Dist
     facts = [*identity_facts(cache.identity), *_totals_facts(cache, totals)]
     items: list[RenderableType] = [printable(cache.store.url), facts_table(facts)]
     if found.num_rows:
-        items += ["", _quantile_table(found, totals), "", _rank_table(found)]
+        items += ["", _quantile_table(found, totals)]
+        if found.label_rank:
+            items += ["", _rank_table(found)]
     if by_shard:
         items += ["", _shard_table(by_shard)]
     show(open_console(), *items)
@@ -102,13 +104,17 @@ def _totals_facts(cache: Cache, totals: Totals) -> Facts:
     ]
     if totals.bytes_per_row is None or totals.label_log_prob is None or totals.perplexity is None:
         return facts
-    return [
-        *facts,
+    facts += [
         ("size", f"{format_bytes(totals.num_bytes)}, {totals.bytes_per_row:.1f} bytes per target token"),
         ("scoring took", f"{format_duration(totals.seconds)}, summed over workers"),
+        ("label log-prob", f"{totals.label_log_prob:.4f} nats, perplexity {totals.perplexity:,.3f}"),
+    ]
+    if not totals.num_kept:
+        return facts
+    return [
+        *facts,
         ("entropy", f"{totals.entropy:.4f} nats"),
         ("kept mass", f"{totals.kept_mass:.6f} in {totals.num_kept:.1f} ids"),
-        ("label log-prob", f"{totals.label_log_prob:.4f} nats, perplexity {totals.perplexity:,.3f}"),
         ("label is first", f"{totals.top_1_rate:.2%}"),
         ("label is kept", f"{totals.top_k_rate:.2%}"),
     ]

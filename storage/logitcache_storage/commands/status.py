@@ -18,13 +18,13 @@ MAX_SHOWN = 20
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of `logitcache status`."""
-    parser.epilog = "Exit status: 0, also while the build is unfinished; 1 when shards are in quarantine."
+    parser.epilog = "Exit status: 0, also while the build is unfinished; 1 when samples or shards are in quarantine."
     add_cache_argument(parser)
     parser.add_argument("--json", action="store_true", help="the same as one JSON document")
 
 
 def run(args: Namespace) -> int:
-    """Print the status; 1 when shards are in quarantine."""
+    """Print the status; 1 when samples or shards are in quarantine."""
     from logitcache_storage.objects import open_store
     from logitcache_storage.status import build_status, status_data
     from logitcache_storage.terminal import facts_table, identity_facts, open_console, print_json, show
@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
     else:
         facts = [*identity_facts(status.identity), *_progress(status), *_quarantine(status)]
         show(open_console(), printable(status.url), facts_table(facts))
-    return 1 if status.quarantine else 0
+    return 1 if status.quarantine or status.excluded else 0
 
 
 COMMAND = Command("show how far a build is, its rate and time left, and what is in quarantine", add_arguments, run)
@@ -69,10 +69,12 @@ def _progress(status: BuildStatus) -> Facts:
 
 
 def _state(status: BuildStatus) -> str:
-    from logitcache_storage.terminal import format_duration
+    from logitcache_storage.excluded import num_excluded
+    from logitcache_storage.terminal import counted, format_duration
 
     if status.is_complete:
-        return "complete"
+        lost = num_excluded(status.excluded)
+        return f"complete but for {counted(lost, 'sample')}" if lost else "complete"
     left = status.seconds_left
     return "unfinished" + ("" if left is None else f", {format_duration(left)} left at the rate so far")
 
@@ -93,13 +95,35 @@ def _plan_report(report: dict[str, Any]) -> Facts:
 
 
 def _quarantine(status: BuildStatus) -> Facts:
-    if not status.quarantine:
-        return []
-    numbers = f"{len(status.quarantine)} shards" if len(status.quarantine) > 1 else "1 shard"
-    facts = [("quarantine", f"{numbers} could not be scored; 'logitcache build' tries them again")]
-    for shard, record in sorted(status.quarantine.items())[:MAX_SHOWN]:
-        last = record.reasons[-1] if record.reasons else "no reason recorded"
-        facts.append((f"  shard {shard}", f"{record.attempts} attempts, the last: {last}"))
-    if len(status.quarantine) > MAX_SHOWN:
-        facts.append(("", f"and {len(status.quarantine) - MAX_SHOWN} more (--json lists all)"))
+    from logitcache_storage.excluded import num_excluded
+    from logitcache_storage.terminal import counted
+
+    facts: Facts = []
+    if status.quarantine:
+        numbers = counted(len(status.quarantine), "shard")
+        inside = counted(sum(status.quarantine_num_samples.values()), "sample")
+        remedy = "'logitcache build' tries them again"
+        facts.append(("quarantine", f"{numbers} with {inside} could not be scored; {remedy}"))
+        lines: Facts = []
+        for shard, record in sorted(status.quarantine.items()):
+            last = record.reasons[-1] if record.reasons else "no reason recorded"
+            lines.append((f"  shard {shard}", f"{counted(record.attempts, 'attempt')}, the last: {last}"))
+        facts += _first(lines)
+    if status.excluded:
+        lost = counted(num_excluded(status.excluded), "sample")
+        remedy = "'logitcache build --retry-quarantine' tries them again"
+        facts.append(("quarantine", f"{lost} of committed shards could not be scored; {remedy}"))
+        facts += _first(
+            [
+                ("  sample", f"{source_id} (key {sample.key}, shard {shard}): {sample.reason}")
+                for shard, samples in sorted(status.excluded.items())
+                for sample in samples
+                for source_id in sample.source_ids
+            ]
+        )
     return facts
+
+
+def _first(lines: Facts) -> Facts:
+    more = len(lines) - MAX_SHOWN
+    return lines[:MAX_SHOWN] + ([("", f"and {more} more (--json lists all)")] if more > 0 else [])

@@ -6,10 +6,10 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
-from logitcache_storage.commands.arguments import add_cache_argument
+from logitcache_storage.commands.arguments import add_cache_argument, storage_options
 
 if TYPE_CHECKING:
-    from logitcache_storage.agreement import RescoreReport
+    from logitcache_storage.agreement import Difference, RescoreReport
     from logitcache_storage.objects import ObjectStore
     from logitcache_storage.repair import RepairReport
     from logitcache_storage.terminal import Facts
@@ -40,6 +40,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--teacher", metavar="PATH_OR_ID", help="with --rescore: where it is now (as when it was built)"
     )
+    parser.add_argument(
+        "--engine-options",
+        metavar="JSON",
+        type=storage_options,
+        help="with --rescore: what the engine takes besides, e.g. '{\"tensor_parallel\": 4}' for vllm",
+    )
     parser.add_argument("--seed", type=int, default=0, help="with --rescore: which samples (0)")
     parser.add_argument("--json", action="store_true", help="the report as one JSON document")
 
@@ -51,8 +57,9 @@ def run(args: Namespace) -> int:
     from logitcache_storage.repair import repair_cache, restore_commits
     from logitcache_storage.verify import verify_cache
 
-    if args.teacher is not None and args.rescore is None:
-        raise InputError("--teacher goes with --rescore N")
+    for name in ("teacher", "engine_options"):
+        if getattr(args, name) is not None and args.rescore is None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --rescore N")
     store = open_store(args.url, args.storage_options)
     restored = restore_commits(store) if args.repair else ()
     report = verify_cache(store, deep=args.deep, quiet=False)
@@ -84,8 +91,9 @@ def _rescore(args: Namespace) -> RescoreReport:
     if hook is None:
         raise LogitCacheError(remedy)
     cache = Cache.open(args.url, args.storage_options)
+    how = {"teacher": args.teacher, "engine_options": args.engine_options, "seed": args.seed}
     try:
-        found: RescoreReport = hook.load()(cache, args.rescore, teacher=args.teacher, seed=args.seed, quiet=False)
+        found: RescoreReport = hook.load()(cache, args.rescore, **how, quiet=False)
     except ModuleNotFoundError as e:
         raise LogitCacheError(f"the package {e.name!r} is not installed: {remedy}") from e
     return found
@@ -178,6 +186,8 @@ def _remedy_lines(report: VerifyReport) -> list[str]:
 
     if not any(map(is_repairable, report.damage)):
         return _left_lines(report.damage)
+    if all(found.path.endswith(".statistics") for found in report.damage):
+        return [f"'logitcache verify {report.url} --repair' makes statistics again from the rows of their shards."]
     shards = {found.shard for found in report.damage if found.shard is not None}
     waiting = f", so that the next build scores {_shards(sorted(shards))} again" if shards else ""
     deep = " --deep" if report.is_deep else ""
@@ -189,6 +199,9 @@ def _repair_lines(repaired: RepairReport, command: str | None) -> list[str]:
     lines = []
     if repaired.restored:
         lines.append(f"The commit records of {_shards(repaired.restored)} were put back from the manifest.")
+    if repaired.remade:
+        others = f" and {len(repaired.remade) - MAX_NAMED:,} others" if len(repaired.remade) > MAX_NAMED else ""
+        lines.append(f"Made again from the rows: {', '.join(repaired.remade[:MAX_NAMED])}{others}.")
     if repaired.removed:
         lines.append(f"Removed, because it only repeats other records: {', '.join(repaired.removed[:MAX_SHOWN])}.")
     if repaired.set_aside:
@@ -223,16 +236,18 @@ def _verdict(rescored: RescoreReport) -> str:
 
 
 def _rescore_facts(rescored: RescoreReport) -> Facts:
-    def nats(name: str) -> str:
-        found = getattr(rescored, name)
+    def nats(found: Difference) -> str:
         return f"at most {found.largest:.2g} nats, mean {found.mean:.2g}"
 
+    differences = [("kept log-probs", rescored.kept), ("label log-probs", rescored.label), ("tails", rescored.tail)]
+    facts = [(f"{name} differ by", nats(found)) for name, found in differences if found is not None]
+    if rescored.kl_mean is not None:  # and with it the other two
+        facts += [
+            ("KL(cached || new)", f"mean {rescored.kl_mean:.2g} nats, at most {rescored.kl_largest:.2g}"),
+            ("same first choice", f"{rescored.top_1_agreement:.2%} of the rows"),
+        ]
     return [
-        ("kept log-probs differ by", nats("kept")),
-        ("label log-probs by", nats("label")),
-        ("tails by", nats("tail")),
-        ("KL(cached || new)", f"mean {rescored.kl_mean:.2g} nats, at most {rescored.kl_largest:.2g}"),
-        ("same first choice", f"{rescored.top_1_agreement:.2%} of the rows"),
+        *facts,
         (
             "furthest off",
             f"sample {rescored.worst_key[:12]} ({rescored.worst_source_id}) at token {rescored.worst_position}:"

@@ -21,8 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.epilog = (
         "Any field of transformers.TrainingArguments is an option, too: --learning_rate 1e-4 --num_train_epochs 2"
-        " --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --resume_from_checkpoint true."
-        " On several devices: torchrun --nproc_per_node N -m logitcache_train, with the same arguments."
+        " --per_device_train_batch_size 8 --gradient_accumulation_steps 4 --resume_from_checkpoint true"
+        " (or auto: go on if there is one). On several devices: torchrun --nproc_per_node N -m logitcache_train, with"
+        " the same arguments."
     )
     parser.add_argument(
         "--student", metavar="PATH_OR_ID", help="the causal language model to train, a folder or a name on the hub"
@@ -87,6 +88,27 @@ def _add_caches(parser: ArgumentParser) -> None:
         "missing",
         choices=("error", "drop"),
         help="what to do with samples that one of the caches lacks: refuse (default), or train without them",
+    )
+    _add(
+        parser,
+        "allow_partial",
+        nargs="?",
+        const="true",
+        choices=("true", "false"),
+        help=(
+            "train on the samples that are there of a cache whose build has not ended, or has lost some (default:"
+            " false); what comes later is not trained on, also not by a run that is resumed"
+        ),
+    )
+    _add(
+        parser,
+        "columns",
+        metavar="FILE.parquet",
+        action="append",
+        help=(
+            "columns of numbers by sample key, one number for each token or target, besides those of the corpus, as"
+            " 'logitcache doubtful --columns' writes them; for critical_tokens and objectives of your own"
+        ),
     )
     _add(
         parser,
