@@ -1,4 +1,5 @@
-# make install | demo | test | test-vllm | lint | bench      each sets up what it needs: ./.venv, ./.venv-vllm
+# make install | demo | test | test-vllm | test-images | lint | lint-deploy | rehearsal | bench
+# Each sets up what it needs: ./.venv, ./.venv-vllm.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint .ci/constraints.txt
 VLLM_PIP := $(VLLM_BIN)/python $(PIP_INSTALL) --constraint .ci/constraints-vllm.txt
 
-.PHONY: install demo test test-vllm lint bench clean
+.PHONY: install demo test test-vllm lint lint-deploy test-images rehearsal bench clean
 
 install: $(VENV)/.installed
 
@@ -16,7 +17,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"logitcache needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[pipeline,train,s3,gcs,azure,fast,dev]'
+	$(PIP) --editable '.[pipeline,train,web,s3,gcs,azure,fast,dev]'
 	@touch $@
 
 # An Azure server for the tests; without npm they are skipped.
@@ -34,8 +35,9 @@ $(VENV)/azurite: $(VENV)/.installed
 demo: install
 	$(BIN)/logitcache demo --output demo
 
+# The tests of a file share what took long to make, so they stay together.
 test: install $(VENV)/azurite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/python -m pytest tests/pipeline/test_engines_vllm.py
@@ -45,6 +47,18 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Dockerfiles, compose, Kubernetes manifests, shell scripts; where there is no kubectl, the manifests are skipped.
+lint-deploy: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" deploy/lint.sh
+
+# What each image holds, in an environment of its own: some minutes, and 5 GB below /tmp while it runs.
+test-images: install
+	LOGITCACHE_TEST_IMAGES=1 $(BIN)/python -m pytest tests/deploy/test_images.py
+
+# The whole line on one machine as it runs on a cluster: a few minutes, nothing left behind.
+rehearsal: install
+	$(BIN)/python deploy/rehearsal/rehearsal.py
 
 bench: install
 	$(BIN)/python tests/benchmarks/run_all.py

@@ -11,23 +11,31 @@ import unicodedata
 LEFT_TO_RIGHT_MARK = "\u200e"
 """Put after right-to-left text, so that a terminal that reorders text leaves what follows in place."""
 
-SPACE = "␠"
+SPACE = "␣"
+
+DOTTED_CIRCLE = "◌"
+"""What Unicode shows combining marks on."""
 
 _NAMED = {"\n": r"\n", "\t": r"\t", "\r": r"\r"}
 _JOINERS = "\u200c\u200d"
 
 
 def visible(text: bytes | str) -> str:
-    r"""A token or name on one line, without ambiguity: ` a\n` becomes `␠a\n`, and a backslash `\\`.
+    r"""A token or name on one line, without ambiguity: ` a\n` becomes `␣a\n`, and a backslash `\\`.
 
     Bytes that are no valid UTF-8 become `\xe2`; control, format and unassigned characters, and white
     space other than a space, become `\x1b`, `\u202e`, ...
     """
     chars = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
     shown = "".join({" ": SPACE, "\\": "\\\\"}.get(c) or _escape(c) for c in chars)
-    if chars and unicodedata.category(chars[0]).startswith("M"):
-        shown = "◌" + shown  # a combining mark would sit on whatever is printed before it
+    if is_combining(chars):
+        shown = DOTTED_CIRCLE + shown  # it would sit on whatever is printed before it
     return shown + _direction_mark(chars)
+
+
+def is_combining(text: str) -> bool:
+    """Whether it begins with a combining mark, such as an accent."""
+    return unicodedata.category(text[:1] or " ").startswith("M")
 
 
 def printable(text: str) -> str:

@@ -107,7 +107,7 @@ def test_the_table_says_the_same(url, capsys):
     for row, first in zip(rows, lines[::3], strict=True):
         number, position, label, rank, prob = first.split()[:5]
         assert (int(number), int(position)) == (row["row"], row["position"])
-        assert label == row["label"]["text"].replace(" ", "␠")
+        assert label == row["label"]["text"].replace(" ", "␣")
         assert rank == (str(row["label_rank"]) if row["label_rank"] else f">{K}")
         assert float(prob) == pytest.approx(math.exp(row["label_log_prob"]), abs=5e-5)
     marked = [line for line in lines if "* 0." in line or "*  " in line]
@@ -149,9 +149,10 @@ def test_plain_screens_hold_80_columns_and_nothing_that_acts(url, words, capsys)
 def test_hostile_tokens_are_spelled_out_and_markup_is_text(url, capsys):
     out = shown(capsys, url, "--sample", "1")
     labels = [line.split()[2] for line in table_of(out) if re.match(r" *\d+ +\d+ ", line)]
-    for expected in (r"\x1b[31mred", r"\u202eevil", r"\x07", r"\r\n", r"\t", "␠", "🙂", r"\\n", "◌\u0301", r"\x9b31m"):
+    for expected in (r"\x1b[31mred", r"\u202eevil", r"\x07", r"\r\n", r"\t", "␣", "🙂", r"\\n", "◌\u0301", r"\x9b31m"):
         assert expected in labels
-    assert "[red]bold[/re…" in labels and "␠שלום\u200e" in labels
+    assert "[red]bold[/re…" in labels and "␣שלום\u200e" in labels
+    assert "⟦◌\u0301⟧" in out  # the accent does not sit on the mark
     assert r"\x1b[2Jgone [red]" in out and "[red]bold[/red]" in out and "[link=http://x]" in out
 
 
@@ -214,7 +215,7 @@ def test_tokens_that_are_no_text_on_their_own():
     assert token_data(words, 0) == {"id": 0, "text": "☃", "bytes": None}
     assert token_data(words, 1) == {"id": 1, "text": "\ufffd", "bytes": "e298"}
     assert token_text(token_data(words, 1)) == r"\xe2\x98"
-    assert token_text(token_data(words, 9)) == "<|id␠9|>"
+    assert token_text(token_data(words, 9)) == "<|id␣9|>"
 
 
 def test_bars_and_shades():

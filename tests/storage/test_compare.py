@@ -11,7 +11,7 @@ import pytest
 from logitcache_storage import compare
 from logitcache_storage.cache import Cache
 from logitcache_storage.commit import load_commit
-from logitcache_storage.compare import compare_caches
+from logitcache_storage.compare import Comparing, compare_caches
 from logitcache_storage.divergence import compare_sample
 from logitcache_storage.errors import CorruptionError, InputError, MismatchError
 from logitcache_storage.fingerprints import tokenizer_identity
@@ -166,3 +166,45 @@ def test_on_every_kind_of_store(store_location) -> None:
     options = store_location.storage_options
     a = cache_of(range(60), TOPKS, url=store_location.url, storage_options=options)
     check(a, cache_of(range(60), OTHERS, container="zarr"))
+
+
+def test_a_comparison_in_steps_ends_where_the_whole_one_does():
+    a, b = cache_of(range(60), TOPKS), cache_of(range(59, -1, -1), OTHERS)
+    whole, comparing = compare_caches(a, b, top=5), Comparing(a, b, top=5, rows_at_once=20, spread=True)
+    assert comparing.num_samples == 60 and comparing.num_rows == whole.num_rows
+    seen = []
+    while not comparing.is_done:
+        seen.append(comparing.advance())
+        part = comparing.result()
+        assert part.num_rows == sum(seen) == comparing.num_compared and len(part.most_different) <= 5
+    found = comparing.result()
+    assert comparing.advance() == 0 and found.num_samples == 60
+    assert found.histogram == whole.histogram
+    assert [s.key for s in found.most_different] == [s.key for s in whole.most_different]
+    for name in ("kl_ab", "kl_ba", "js", "label_difference", "label_distance", "rest_mass_a"):
+        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+
+
+def test_the_first_steps_are_spread_all_over_the_cache():
+    a, b = cache_of(range(60), TOPKS), cache_of(range(60), OTHERS)
+    comparing, places = Comparing(a, b, top=60, rows_at_once=1, spread=True), set()
+    for _ in range(12):
+        comparing.advance()
+        places = {s.index_a for s in comparing.result().most_different}
+    gaps = np.diff([0, *sorted(places), 60])
+    assert len(places) == 12 and gaps.max() <= 12  # 5 if they were even; 49 at the beginning of the cache
+
+
+def test_what_is_damaged_is_named_once_and_passed_by(tmp_path):
+    a, b = cache_of(range(60), TOPKS, str(tmp_path / "a"), container="arrow"), cache_of(range(60), OTHERS)
+    damaged = min(a.shards)
+    (path,) = (tmp_path / "a/shards").glob(f"{damaged:05d}-*.arrow")
+    path.write_bytes(bytes(path.stat().st_size))
+    comparing, problems = Comparing(Cache.open(str(tmp_path / "a")), b, spread=True), 0
+    while not comparing.is_done:
+        try:
+            comparing.advance()
+        except CorruptionError:
+            problems += 1
+    left = sum(record.num_rows for shard, record in a.shards.items() if shard != damaged)
+    assert problems == 1 and comparing.num_compared == left

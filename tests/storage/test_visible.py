@@ -12,7 +12,7 @@ from logitcache_storage.visible import LEFT_TO_RIGHT_MARK, printable, visible
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        (b" the", "␠the"),
+        (b" the", "␣the"),
         (b"\n\t\r", r"\n\t\r"),
         (b"\\n", r"\\n"),
         (b"\x1b[31m", r"\x1b[31m"),

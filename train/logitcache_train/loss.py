@@ -71,6 +71,43 @@ def target_metrics(
         return _evaluate(logits_NV, labels_N, obj, cached, columns, vocab_size)[1]
 
 
+def target_coefficients(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    obj: Objective,
+    cached: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    *,
+    vocab_size: int | None = None,
+) -> dict[str, Tensor]:
+    """The coefficient of each atom that the objective has, detached, [N] each; what they lack to one is the student's.
+
+    Arguments and errors as in `target_loss`.
+    """
+    with torch.no_grad():
+        return _positions(logits_NV, labels_N, obj, cached, columns, vocab_size)[1].coefficients()
+
+
+def _positions(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    obj: Objective,
+    cached: Mapping[str, Any] | None,
+    columns: Mapping[str, Any] | None,
+    vocab_size: int | None,
+) -> tuple[Tensor, Positions, Support]:
+    """(logits from zero downwards [N, V], what belongs to each position, the support of each)."""
+    if logits_NV.ndim != 2 or len(logits_NV) != len(labels_N):
+        raise InputError(f"logits must be [N, V] with N = {len(labels_N)} labels, got {list(logits_NV.shape)}")
+    inputs = check_inputs(labels_N, obj, cached, columns, num_logits=logits_NV.shape[1], vocab_size=vocab_size)
+    z_NV = logits_NV[:, : inputs.vocab_size].to(reduction_dtype(logits_NV.dtype))
+    z_NV = z_NV - z_NV.detach().amax(-1, keepdim=True)
+    support = build_support(inputs.labels_N, inputs.topk, inputs.vocab_size, z_NV.dtype)
+    student = coarse_student(z_NV.gather(1, support.ids_NS), *_tail_log_sum(z_NV, support), support)
+    at = Positions(inputs, student, lambda k: z_NV.detach().topk(min(k, inputs.vocab_size)).values)
+    return z_NV, at, support
+
+
 def _evaluate(
     logits_NV: Tensor,
     labels_N: Tensor,
@@ -79,16 +116,8 @@ def _evaluate(
     columns: Mapping[str, Any] | None,
     vocab_size: int | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    if logits_NV.ndim != 2 or len(logits_NV) != len(labels_N):
-        raise InputError(f"logits must be [N, V] with N = {len(labels_N)} labels, got {list(logits_NV.shape)}")
-    inputs = check_inputs(labels_N, obj, cached, columns, num_logits=logits_NV.shape[1], vocab_size=vocab_size)
-    z_NV = logits_NV[:, : inputs.vocab_size].to(reduction_dtype(logits_NV.dtype))
-    z_NV = z_NV - z_NV.detach().amax(-1, keepdim=True)
-    support = build_support(inputs.labels_N, inputs.topk, inputs.vocab_size, z_NV.dtype)
-    student = coarse_student(z_NV.gather(1, support.ids_NS), *_tail_log_sum(z_NV, support), support)
-
-    at = Positions(inputs, student, lambda k: z_NV.detach().topk(min(k, inputs.vocab_size)).values)
-    coefficients = at.coefficients()
+    z_NV, at, support = _positions(logits_NV, labels_N, obj, cached, columns, vocab_size)
+    student, coefficients = at.student, at.coefficients()
     pull_NS, pull_tail_N = coarse_target(coefficients, student, support, obj.values.get("eta"))
     loss_N = cross_entropy(pull_NS, pull_tail_N, student)
     for atom, atom_NV in _dense_atoms(z_NV.detach(), obj):

@@ -86,7 +86,7 @@ def _show_sample(cache: Cache, args: Namespace) -> None:
     from logitcache_storage.terminal import open_console, print_json, show
 
     index = find_sample(cache, args.sample)
-    count = int(cache.samples.column("num_targets")[index].as_py())
+    count = int(cache.index.num_targets[index])
     wanted = args.rows or slice(0, None if args.json else POSITIONS_SHOWN)
     rows = rows_within(wanted, count, of=f"sample {index}")
     sample = cache[index]

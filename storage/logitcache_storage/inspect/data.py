@@ -9,16 +9,21 @@ import codecs
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from logitcache_storage.cache import Cache, Sample
 from logitcache_storage.errors import InputError
+from logitcache_storage.sample_statistics import SampleTable
 from logitcache_storage.statistics import row_statistics
+from logitcache_storage.visible import visible
 from logitcache_storage.vocabulary import Vocabulary
 
 MIN_KEY_DIGITS = 6
+NUM_READERS = 8
+"""Samples that are looked up side by side: they stand anywhere, and a remote store answers slowly."""
 
 
 def find_sample(cache: Cache, which: str) -> int:
@@ -58,6 +63,17 @@ def listing_data(cache: Cache, rows: slice) -> list[dict[str, Any]]:
     samples = cache.read(range(rows.start, rows.stop))
     return [
         {"index": i, **_sample_facts(sample)} for i, sample in zip(range(rows.start, rows.stop), samples, strict=True)
+    ]
+
+
+def table_data(cache: Cache, table: SampleTable, indices: Sequence[int]) -> list[dict[str, Any]]:
+    """Some samples with their statistics: `key`, `source_id` and all of `SampleTable.facts`; reads no row."""
+    wanted = [int(index) for index in indices]
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        found = [about for (about,) in pool.map(lambda index: cache.describe([index]), wanted)]
+    return [
+        {"key": about["key"].hex(), "source_id": about["source_id"], **table.facts(index)}
+        for index, about in zip(wanted, found, strict=True)
     ]
 
 
@@ -126,6 +142,11 @@ def token_data(vocabulary: Vocabulary, token: int) -> dict[str, Any]:
     data = vocabulary.text(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "text": text, "bytes": None if text.encode() == data else data.hex()}
+
+
+def token_text(token: dict[str, Any]) -> str:
+    """A token of `token_data` on one line."""
+    return visible(bytes.fromhex(token["bytes"]) if token["bytes"] else token["text"])
 
 
 def _sample_facts(sample: Sample) -> dict[str, Any]:

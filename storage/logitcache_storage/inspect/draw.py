@@ -10,8 +10,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from logitcache_storage.inspect.data import token_text as token_text
 from logitcache_storage.terminal import Facts, facts_table, format_probability, has_colour
-from logitcache_storage.visible import printable, visible
+from logitcache_storage.visible import DOTTED_CIRCLE, is_combining, printable
 
 SHADES = (
     (0.5, "", "0.5 or more"),
@@ -82,11 +83,6 @@ def draw_sample(sample: dict[str, Any], label_log_probs: Sequence[float], consol
     ]
 
 
-def token_text(token: dict[str, Any]) -> str:
-    """A token of `token_data` on one line."""
-    return visible(bytes.fromhex(token["bytes"]) if token["bytes"] else token["text"])
-
-
 def _sample_facts(sample: dict[str, Any]) -> Facts:
     mean = sample["mean_label_log_prob"]
     return [
@@ -124,7 +120,8 @@ def _flowing(text: str) -> str:
 def _marked(text: str) -> str:
     """Between marks, with a last line break after them."""
     body = text.removesuffix("\n")
-    return f"{MARKS[0]}{body}{MARKS[1]}{text[len(body) :]}"
+    circle = DOTTED_CIRCLE if is_combining(body) else ""  # or it would sit on the mark
+    return f"{MARKS[0]}{circle}{body}{MARKS[1]}{text[len(body) :]}"
 
 
 def _shortened(text: str) -> str:
@@ -164,9 +161,9 @@ def _draw_positions(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["row"]),
             str(row["position"]),
             Text(token_text(row["label"]), shade(row["label_log_prob"]), no_wrap=True, overflow="ellipsis"),
-            str(rank) if rank else f">{row['num_kept']}",
+            str(rank) if rank else f">{row['num_kept']}" if row["num_kept"] else "-",
             format_probability(math.exp(row["label_log_prob"])),
-            f"{row['entropy']:.3f}",
+            f"{row['entropy']:.3f}" if row["num_kept"] else "-",
             format_probability(row["tail"]),
             _choices(row),
         )

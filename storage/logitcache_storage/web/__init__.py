@@ -1,0 +1,1 @@
+"""The web view: server-rendered pages over one cache, or two of the same corpus."""
