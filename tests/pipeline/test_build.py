@@ -189,7 +189,7 @@ def test_a_dry_run_writes_nothing(settings):
 
 
 def test_a_dry_run_refuses_what_the_build_would(settings):
-    with pytest.raises(InputError, match="k must be at most the teacher.s vocabulary size"):
+    with pytest.raises(InputError, match="k must be at most the teacher's vocabulary size"):
         run(replace(settings, dry_run=True, k=1000))
 
 
