@@ -1,4 +1,4 @@
-# make install | demo | test | test-vllm | test-images | lint | lint-deploy | rehearsal | bench
+# make install | demo | test | test-faults | test-vllm | test-images | lint | lint-deploy | rehearsal | bench
 # Each sets up what it needs: ./.venv, ./.venv-vllm.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint .ci/constraints.txt
 VLLM_PIP := $(VLLM_BIN)/python $(PIP_INSTALL) --constraint .ci/constraints-vllm.txt
 
-.PHONY: install demo test test-vllm lint lint-deploy test-images rehearsal bench clean
+.PHONY: install demo test test-faults test-vllm lint lint-deploy test-images rehearsal bench clean
 
 install: $(VENV)/.installed
 
@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(f"logitcache needs Python 3.11 or newer, $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[pipeline,train,web,s3,gcs,azure,fast,dev]'
+	$(PIP) --editable '.[pipeline,train,web,s3,gcs,azure,dev]'
 	@touch $@
 
 # An Azure server for the tests; without npm they are skipped.
@@ -37,7 +37,11 @@ demo: install
 
 # The tests of a file share what took long to make, so they stay together.
 test: install $(VENV)/azurite
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not rehearsal"
+
+# Builds on a cluster that loses its nodes, its drivers and its store.
+test-faults: install
+	$(BIN)/python -m pytest -m rehearsal
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/python -m pytest tests/pipeline/test_engines_vllm.py

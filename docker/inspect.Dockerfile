@@ -12,7 +12,7 @@ COPY . .
 RUN python -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheel .
 
 FROM ${PYTHON_IMAGE} AS environment
-ARG EXTRAS=web,s3,gcs,azure,fast
+ARG EXTRAS=web,s3,gcs,azure
 ARG LEFT_OUT="logitcache_pipeline logitcache_train"
 ENV PIP_NO_CACHE_DIR=1
 RUN --mount=type=bind,from=wheel,source=/wheel,target=/install/wheel \

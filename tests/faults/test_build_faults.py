@@ -21,7 +21,7 @@ from logitcache_storage.commit import load_commits
 from logitcache_storage.objects import open_store
 from logitcache_storage.verify import verify_cache
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(180)]
 
 LINGERING = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """What a killed Ray leaves for up to a minute: two agents that report to nobody, then end by themselves."""

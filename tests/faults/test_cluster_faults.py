@@ -25,7 +25,7 @@ from logitcache_storage.commit import load_commits
 from logitcache_storage.objects import open_store
 from logitcache_storage.verify import verify_cache
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(600)]
 
 # Read when ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")

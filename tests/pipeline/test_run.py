@@ -80,6 +80,10 @@ class FaultyWorker:
                 raise RuntimeError(f"{name} is bad")
             case "exit":
                 os._exit(1)
+            case "exit beside a commit":
+                while not any(self._folder.glob("commit *")):
+                    time.sleep(0.05)
+                os._exit(1)
             case "hang":
                 (self._folder / "hanging").touch()
                 threading.Event().wait()
@@ -286,7 +290,7 @@ def test_a_shard_is_written_while_the_next_one_is_scored(tmp_path):
 
 def test_what_was_being_written_is_not_blamed_for_the_shard_that_kills(tmp_path):
     """Shard 0 is on its way into the store when the next one takes the worker down."""
-    events = run(tmp_path, 3, {"commit 0": ("hold", 1), 1: ("exit", 1)}, max_attempts=2)
+    events = run(tmp_path, 3, {"commit 0": ("hold", 1), 1: ("exit beside a commit", 1)}, max_attempts=2)
     assert (events.failures, events.given_back_shards) == ([(1, 1)], [0])
     assert sorted(events.committed_shards) == [0, 1, 2]
 

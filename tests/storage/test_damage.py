@@ -13,6 +13,8 @@ from logitcache_storage.commit import load_quarantine, quarantine_shard
 from logitcache_storage.disk_cache import DiskCache
 from logitcache_storage.errors import CorruptionError, LogitCacheError, MismatchError
 from logitcache_storage.objects import open_store
+from logitcache_storage.sample_statistics import read_statistics
+from logitcache_storage.schema import STATISTICS_SUFFIX
 from logitcache_storage.testing import extend_cache, make_identity, make_samples, write_cache
 
 NUM_DAMAGES = {"zarr": 400, "arrow": 850}
@@ -27,6 +29,8 @@ def kind_of(path: str) -> str:
     parts = path.split("/")
     if parts[0] == "shards" and len(parts) > 2:
         return f"shards/*/{'zarr.json' if path.endswith('zarr.json') else 'c'}"
+    if path.endswith(STATISTICS_SUFFIX):
+        return f"shards/*{STATISTICS_SUFFIX}"
     return parts[0] if len(parts) == 1 else f"{parts[0]}/*"
 
 
@@ -54,10 +58,16 @@ def everything_of(url: str) -> list[list[object]]:
         yield lambda: [sample.topk.log_probs.tolist() + sample.topk.ids.tolist() for sample in cache]
         for shard in sorted(cache.shards):
             yield lambda shard=shard: [cache.read_shard(shard).ids.tolist()]
+            yield lambda shard=shard: statistics_of(cache, shard)
         yield lambda: [cache.vocabulary.decode(range(50))]
         yield lambda: [load_quarantine(cache.store)]
 
     return [part() if part else [] for part in parts()]
+
+
+def statistics_of(cache: Cache, shard: int) -> list[object]:
+    found = read_statistics(cache, cache.shards[shard])
+    return [] if found is None else [found.counts.tolist(), *(column.tolist() for column in found.columns.values())]
 
 
 def outcome_of(url: str, path: str, what: str, data: bytes | None, expected: list[list[object]]) -> str:
