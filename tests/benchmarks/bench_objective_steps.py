@@ -33,7 +33,7 @@ from logitcache_train.student import make_student
 
 LABELS, PROMPTED = "model(labels=...)", " with prompts"
 VOCAB_SIZE, HIDDEN_SIZE, NUM_SAMPLES, NUM_TARGETS, K = 151_936, 896, 16, 128, 64
-NUM_THREADS, ROUNDS = 2, 3
+NUM_THREADS, ROUNDS = 2, 1
 COMPARED = {
     "sft": [name for name in OBJECTIVES if name != "sft"],
     LABELS: ["sft", "target_sft"],

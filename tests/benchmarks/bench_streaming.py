@@ -281,7 +281,7 @@ def _summary(found: list[dict[str, float]], log: list[str], cache: Cache) -> dic
     counts = Counter(log)
     objects = {path: n for path, n in counts.items() if path.startswith("shards/")}
     ranges = {path: n for path, n in counts.items() if path.startswith("samples/") and ".parquet" in path}
-    num_objects = sum(len(record.objects) for record in cache.shards.values())
+    num_objects = sum(len(record.row_objects) for record in cache.shards.values())
     assert len(objects) == num_objects and sum(r["rows"] for r in found) == cache.plan.num_rows
     busy = min(result["busy"] / (result["busy"] + result["waiting"]) for result in found)
     return {

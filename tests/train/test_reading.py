@@ -4,6 +4,7 @@ import pickle
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from itertools import islice
 
 import numpy as np
@@ -156,7 +157,10 @@ def test_a_bound_of_one_window_and_a_shard_is_enough(url, plain, tmp_path, decod
         for sample in samples.__getitems__(part).samples:
             expected = plain.read_shard(int(plain.index.shard[plain.index_of(sample.key)]))
             assert expected.k == sample.topks["teacher"][0].k
-        total = sum(path.stat().st_size for path in (tmp_path / "local").iterdir())
+        total = 0
+        for path in (tmp_path / "local").iterdir():
+            with suppress(FileNotFoundError):  # what is read ahead is renamed meanwhile
+                total += path.stat().st_size
         assert total <= room
     assert "no room" not in caplog.text
 
