@@ -41,7 +41,7 @@ test: install $(VENV)/azurite
 
 # Builds on a cluster that loses its nodes, its drivers and its store.
 test-faults: install
-	$(BIN)/python -m pytest -m rehearsal
+	$(BIN)/python -m pytest -m rehearsal tests/faults
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/python -m pytest tests/pipeline/test_engines_vllm.py
