@@ -1,10 +1,11 @@
-"""Arguments that commands share: the URL of a cache and how to reach it, ranges of rows."""
+"""Arguments that commands share: the URL of a cache and how to reach it, numbers of things, ranges of rows."""
 
 from __future__ import annotations
 
 import json
 import re
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 from typing import Any
 
 
@@ -43,6 +44,17 @@ def storage_options(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"expected a JSON object like '{{\"anon\": true}}', found a {type(value).__name__}")
     return value
+
+
+def count_of(noun: str) -> Callable[[str], int]:
+    """The type of an argument that is a number of something, 0 or more; `noun` is the plural, for the error."""
+
+    def count(text: str) -> int:
+        if not text.isdecimal():
+            raise ArgumentTypeError(f"expected a number of {noun}, 0 or more, found {text!r}")
+        return int(text)
+
+    return count
 
 
 def row_range(text: str) -> slice:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
-from logitcache_storage.commands.arguments import add_cache_argument
+from logitcache_storage.commands.arguments import add_cache_argument, count_of
 from logitcache_storage.commands.second_store import add_second_options, second_options
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--top",
         metavar="N",
-        type=_count,
+        type=count_of("samples"),
         default=DEFAULT_TOP,
         help=f"name the N samples that differ most (default {DEFAULT_TOP})",
     )
@@ -56,12 +56,6 @@ def run(args: Namespace) -> int:
 
 
 COMMAND = Command("compare two caches of one corpus: KL, JS, top-1 agreement, label log-probs", add_arguments, run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a number of samples, 0 or more, found {text!r}")
-    return int(text)
 
 
 def _data(found: Comparison) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
-from logitcache_storage.commands.arguments import add_cache_argument
+from logitcache_storage.commands.arguments import add_cache_argument, count_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         metavar="N",
-        type=_count,
+        type=count_of("positions"),
         help=f"name the N surest (default: {POSITIONS_SHOWN}; all with --csv and --json)",
     )
     parser.add_argument("--csv", metavar="FILE", help="write them as CSV instead; replaces the file")
@@ -79,12 +79,6 @@ def run(args: Namespace) -> int:
 
 
 COMMAND = Command("list labels that are probably wrong: the teacher is sure, and of something else", add_arguments, run)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a number of positions, 0 or more, found {text!r}")
-    return int(text)
 
 
 def _probability(text: str) -> float:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
-from logitcache_storage.commands.arguments import add_cache_argument, row_range
+from logitcache_storage.commands.arguments import add_cache_argument, count_of, row_range
 
 if TYPE_CHECKING:
     from logitcache_storage.cache import Cache
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--top",
         metavar="N",
-        type=_top,
+        type=count_of("choices"),
         default=DEFAULT_TOP,
         help="choices of the teacher at each position (default 3)",
     )
@@ -52,12 +52,6 @@ def run(args: Namespace) -> int:
 
 
 COMMAND = Command("look at samples: the text, and what the teacher thought of each target token", add_arguments, run)
-
-
-def _top(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a number of choices, 0 or more, found {text!r}")
-    return int(text)
 
 
 def _list_samples(cache: Cache, args: Namespace) -> None:

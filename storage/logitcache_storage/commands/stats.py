@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from logitcache_storage.command import Command
-from logitcache_storage.commands.arguments import add_cache_argument
+from logitcache_storage.commands.arguments import add_cache_argument, count_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--sample-shards",
         metavar="N",
-        type=_count,
+        type=count_of("shards"),
         help="read N shards, evenly spaced, for quantiles and ranks; 0 reads none"
         " (default: all, or as many as hold a million rows)",
     )
@@ -53,14 +53,8 @@ def run(args: Namespace) -> int:
 COMMAND = Command("count tokens and bytes; entropy, kept mass, label rank and hit rate", add_arguments, run)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise ArgumentTypeError(f"expected a number of shards, 0 or more, found {text!r}")
-    return int(text)
-
-
 def _num_tokens(cache: Cache) -> int:
-    return int(cache.samples.column("num_tokens").to_numpy().sum())
+    return int(cache.index.num_tokens.sum(dtype="int64"))
 
 
 def _data(cache: Cache, totals: Totals, by_shard: dict[int, Totals], found: Distributions) -> dict[str, Any]:
