@@ -24,11 +24,12 @@ RUN python -m pip install --no-cache-dir --index-url "${TORCH_INDEX}" "torch==${
 
 # hadolint ignore=DL3006
 FROM base-${DEVICE} AS teacher
-# KubeRay's probes call wget, its hooks pgrep; their versions are the base image's affair.
+# KubeRay calls wget or python, our hook before the end pgrep; their versions are the base image's affair.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends procps wget \
     && rm -rf /var/lib/apt/lists/* \
+    && { command -v python || ln -s "$(command -v python3)" /usr/local/bin/python; } \
     && groupadd --gid 10001 logitcache \
     && useradd --uid 10001 --gid 10001 --create-home logitcache \
     && install --directory --owner=logitcache --group=logitcache /models /home/logitcache/.ray /home/logitcache/.cache

@@ -133,7 +133,10 @@ class Rehearsal:
         self._logitcache("status", CACHE, user=self._watcher)
         self._steps.say(_of_build(job.wait(240)), last=8)
         self._check_nothing_was_lost(before, num_shards)
-        self._steps.say(f"the same job, submitted again meanwhile, says: {_of_build(again.wait(120))[-1]}")
+        said = _of_build(again.wait(120))
+        if not any(line.startswith("complete: ") for line in said):
+            raise RehearsalError(f"the same job, submitted again meanwhile, does not say that all is in: {said}")
+        self._steps.say(f"the same job, submitted again meanwhile, says: {said[-1]}")
 
     def _num_planned(self) -> int:
         found = self._bucket.objects(self._watcher, "cache/plans/")

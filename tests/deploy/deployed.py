@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -26,10 +28,14 @@ Manifest = dict[str, Any]
 
 @cache
 def manifests(overlay: str, *components: str) -> tuple[Manifest, ...]:
-    """All objects of an overlay; skips where nothing renders them."""
+    """All objects of an overlay, with components on top; skips where nothing renders them."""
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl, which renders the overlays")
-    done = subprocess.run(["kubectl", "kustomize", KUBERNETES / "overlays" / overlay], capture_output=True, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        added = [os.path.relpath(KUBERNETES / "components" / name, os.path.realpath(folder)) for name in components]
+        base = os.path.relpath(KUBERNETES / "overlays" / overlay, os.path.realpath(folder))
+        Path(folder, "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "components": added}))
+        done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, check=True)
     return tuple(yaml.safe_load_all(done.stdout))
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from deployed import KUBERNETES, OVERLAYS, command_lines
+from deployed import KUBERNETES, OVERLAYS, ROOT, command_lines
 
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_storage.cli import find_commands
@@ -69,6 +70,18 @@ def test_every_command_line_is_one_that_the_command_takes(training_options):
 )
 def test_a_renamed_option_would_be_found(line, training_options):
     assert mistakes(line.split(), training_options)
+
+
+def test_what_the_runbook_quotes_is_said():
+    from botocore.exceptions import NoCredentialsError
+
+    page = (ROOT / "deploy" / "README.md").read_text()
+    section = page.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    seen = " ".join(row.split(" | ")[0] for row in section.splitlines() if row.startswith("| "))
+    quoted = [part for span in re.findall(r"`([^`]+)`", seen) for part in re.split(r" ?\.\.\. ?", span)]
+    code = [path.read_text() for name in ("storage", "pipeline", "train") for path in (ROOT / name).rglob("*.py")]
+    said = "\n".join([*code, NoCredentialsError.fmt])
+    assert len(quoted) > 9 and [text for text in quoted if text not in said] == []
 
 
 def settings_files(name: str) -> list[Path]:

