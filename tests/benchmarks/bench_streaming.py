@@ -4,8 +4,8 @@ opening     identity, plan, manifest (11 objects a shard) and index are made up 
             one are not there. Times and peak memory (VmHWM) are of a process of its own that opens it from local disk,
             just written.
 streaming   2,097,152 rows of k = 64 in 32 Zarr shards (u8) on a moto server behind a proxy that adds 50 ms to every
-            answer and every connection. Two ranks with two loader workers each share one local cache, which has room
-            for three shuffle windows of 4 shards. A rank takes 100,000 rows/s: it sleeps so long for each
+            answer and every connection. Two ranks with a loader worker each share one local cache, which has room for
+            three shuffle windows of 4 shards. A rank takes 100,000 rows/s: it sleeps so long for each
             micro-batch, as a GPU would be busy, and is idle while it waits for the next. Busy is the share of the time
             in which it sleeps, of the rank that has to wait longest, from the second window on.
 """
@@ -52,7 +52,7 @@ SAMPLES_PER_PART = 65_536
 NUM_SHARDS = 32
 WINDOW_SHARDS = 4
 NUM_RANKS = 2
-NUM_WORKERS = 2
+NUM_WORKERS = 1
 BATCH_SAMPLES = 64
 LATENCY = 0.05
 ROWS_PER_SECOND = 200_000
@@ -220,6 +220,7 @@ def stream_rank(rank: int, url: str, options: dict[str, Any], folder: str, room:
     from logitcache_train.collate import collate
     from logitcache_train.data import CachedSamples, EpochLoader, GlobalBatchSampler
     from logitcache_train.objectives import objective
+    from logitcache_train.shipping import ship
 
     torch.set_num_threads(1)
     _note_reads(Path(folder) / "log.txt")
@@ -237,19 +238,20 @@ def stream_rank(rank: int, url: str, options: dict[str, Any], folder: str, room:
     loader = EpochLoader(
         samples,
         batch_sampler=sampler,
-        collate_fn=lambda micro: collate(micro.samples, num_items=micro.num_items, layout="packed")["targets"],
+        collate_fn=lambda micro: ship(collate(micro.samples, num_items=micro.num_items, layout="packed")),
         num_workers=NUM_WORKERS,
         prefetch_factor=4,
         multiprocessing_context="fork",
     )
     busy, waits, rows, start = [], [], 0, time.perf_counter()
-    for targets in loader:
+    for batch in loader:
         ready = time.perf_counter()
         waits.append(ready - start)
-        time.sleep(len(targets.labels_N) / (ROWS_PER_SECOND / NUM_RANKS))
+        num_rows = len(batch["targets"].labels_N)
+        time.sleep(num_rows / (ROWS_PER_SECOND / NUM_RANKS))
         start = time.perf_counter()
         busy.append(start - ready)
-        rows += len(targets.labels_N)
+        rows += num_rows
     warm = len(busy) * WINDOW_SHARDS // NUM_SHARDS
     results.put({"busy": sum(busy[warm:]), "waiting": sum(waits[warm:]), "cold": sum(waits[:warm]), "rows": rows})
 
@@ -281,7 +283,8 @@ def _summary(found: list[dict[str, float]], log: list[str], cache: Cache) -> dic
     counts = Counter(log)
     objects = {path: n for path, n in counts.items() if path.startswith("shards/")}
     ranges = {path: n for path, n in counts.items() if path.startswith("samples/") and ".parquet" in path}
-    num_objects = sum(len(record.row_objects) for record in cache.shards.values())
+    paths = [item.path for record in cache.shards.values() for item in record.row_objects]
+    num_objects = sum(not path.endswith("/zarr.json") for path in paths)
     assert len(objects) == num_objects and sum(r["rows"] for r in found) == cache.plan.num_rows
     busy = min(result["busy"] / (result["busy"] + result["waiting"]) for result in found)
     return {

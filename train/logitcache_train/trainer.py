@@ -29,6 +29,7 @@ from logitcache_train.collate import EQUALLY, Layout, Mixing, collate
 from logitcache_train.data import CachedSamples, EpochLoader, GlobalBatchSampler, MicroBatch
 from logitcache_train.held_out import HELD_OUT_METRICS, HeldOutSampler
 from logitcache_train.positions import BadRowsError
+from logitcache_train.shipping import ship
 
 LOGGED_METRICS = ("p_label", "gamma", "teacher_tail", "target_entropy")
 """Logged as means over target tokens since the last log, beside the Trainer's own loss and gradient norm."""
@@ -222,5 +223,5 @@ class _Sums:
         return {**means, "target_tokens_per_second": count / max(seconds, 1e-9)}
 
 
-def _collate(micro: MicroBatch, *, layout: Layout, mixing: Mixing) -> dict[str, Any]:
-    return collate(micro.samples, num_items=micro.num_items, layout=layout, mixing=mixing)
+def _collate(micro: MicroBatch, *, layout: Layout, mixing: Mixing) -> Any:
+    return ship(collate(micro.samples, num_items=micro.num_items, layout=layout, mixing=mixing))
