@@ -130,6 +130,7 @@ def two_ranks(folder):
         words_of(folder, "two", gradient_accumulation_steps=2, per_device_eval_batch_size=3),
         words_of(folder, "few-two", **FEW, per_device_eval_batch_size=22),
         [*words_of(folder, "refused"), "--fsdp"],
+        [*words_of(folder, "refused"), "--fsdp", "--fsdp_config", '{"cpu_ram_efficient_loading": true}'],
     )
 
 
@@ -171,10 +172,11 @@ def test_ranks_without_a_sample_of_their_own_change_nothing(folder, two_ranks):
     assert_same_run(log_of(folder / "few-two"), run_alone(folder, "few-one", **FEW))
 
 
-def test_sharding_where_accelerate_does_not_is_refused(two_ranks):
+def test_sharding_that_cannot_be_is_refused(two_ranks):
     done, statuses = two_ranks
-    assert statuses == [0, 0, 2]
+    assert statuses == [0, 0, 2, 2]
     assert "--fsdp: accelerate shards models on GPUs only, and would use DDP here" in done.stderr
+    assert "--fsdp_config cpu_ram_efficient_loading: only one rank of a node would have the student" in done.stderr
 
 
 def test_a_sharded_student_trains_as_a_whole_one(folder, one_rank, sharded):

@@ -62,9 +62,9 @@ def test_a_number_or_one_for_each_token_or_target(cache: Cache, tmp_path: Path) 
 
 def test_the_first_of_several_files_counts_and_keys_may_be_text(cache: Cache, tmp_path: Path) -> None:
     some = write(tmp_path / "some.parquet", cache, lambda *_: 1, keys=[cache.key(i) for i in (3, 5)])
-    all_of_them = write(tmp_path / "all.parquet", cache, lambda *_: 2)
-    assert [values[0] for values in targets(cache, some, all_of_them)] == [1 if i in (3, 5) else 2 for i in range(12)]
-    assert {values[0] for values in targets(cache, all_of_them, some)} == {2}
+    all_of_them = write(tmp_path / "all.parquet", cache, lambda *_: 2.5)
+    assert [values[0] for values in targets(cache, some, all_of_them)] == [1 if i in (3, 5) else 2.5 for i in range(12)]
+    assert {values[0] for values in targets(cache, all_of_them, some)} == {2.5}
     assert {values[0] for values in targets(cache)} == {7}
 
 

@@ -98,7 +98,7 @@ def test_answers_can_be_compared_as_mathematics(student, tmp_path, capsys):
     ("more", "message"),
     [
         (["--limit", "0"], "--limit must be at least 1, got 0"),
-        (["--samples", "0"], "--samples must be at least 1, got 0"),
+        (["--samples", "0", "--model", "./nobody"], "--samples must be at least 1, got 0"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
         (["--model", "./nobody"], "--model ./nobody: no such folder"),

@@ -12,7 +12,8 @@ from logitcache_train.commands.objectives import COMMAND
 def run_command(capsys, *arguments):
     parser = ArgumentParser()
     COMMAND.add_arguments(parser)
-    assert COMMAND.run(parser.parse_args(arguments)) == 0
+    args, args.rest = parser.parse_known_args(arguments)
+    assert COMMAND.run(args) == 0
     return capsys.readouterr().out
 
 
@@ -52,9 +53,12 @@ def test_every_row_is_shown_in_full(capsys):
 
 def test_a_row_from_a_file(capsys, tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("objective: {name: mine, label: 1 - p_label, parameters: {weight: 0.5}}\n")
-    out = run_command(capsys, str(path), "--weight", "0.25")
+    path.write_text("objective: {name: mine, label: 1 - p_label, parameters: {weight: 0.5, my_floor: 0.1}}\n")
+    out = run_command(capsys, str(path), "--weight", "0.25", "--my-floor", "0.75")
     assert out.startswith("mine\n") and "1 - p_label" in out and "0.25, in (-inf, inf)" in out
+    assert "--my_floor  0.75, in (-inf, inf)" in out
+    with pytest.raises(InputError, match="argument --my_floor/--my-floor: invalid float value: 'low'"):
+        run_command(capsys, str(path), "--my_floor", "low")
 
 
 def test_a_picture(capsys, tmp_path):
@@ -72,7 +76,9 @@ def test_a_picture(capsys, tmp_path):
         (["sft", "--plot", "a.jpg"], r"--plot a.jpg: the name must end in \.png, \.svg, \.pdf"),
         (["sft", "--plot", "/nowhere/a.png"], "--plot /nowhere/a.png: there is no folder /nowhere"),
         (["--plot", "a.png"], "--plot is for one objective; say which"),
-        (["--eta", "0.5"], "--eta is for one objective"),
+        (["--eta", "0"], "--eta is for one objective"),
+        (["--etta"], "--etta is for one objective"),
+        (["target_sft", "--floor", "0.5"], "unknown argument --floor; parameters of objective 'target_sft': --eta"),
         (["missing.yaml"], "missing.yaml: cannot be read as YAML: .*No such file"),
     ],
 )

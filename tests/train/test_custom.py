@@ -130,6 +130,7 @@ def test_only_the_rows_of_a_division_by_zero_are_named(batch):
         ({"name": "a b", "label": 1}, "got 'a b'"),
         ({"name": "sft", "label": 1}, "'sft' is a row of the table already"),
         ({"name": "mine"}, "has no coefficient; give at least one of label, cached, guided, uniform, sharpened"),
+        ({"name": "mine", "label": 1, "student": 0.5}, "the student takes what the others leave of one"),
         ({"name": "mine", "labels": 1}, "has no key 'labels'; its keys: name, .*label, cached"),
         ({"name": "mine", "label": True}, "label of objective 'mine' must be a number or an expression"),
         ({"name": "mine", "label": [1]}, "must be a number or an expression"),

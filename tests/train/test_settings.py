@@ -83,6 +83,22 @@ def test_a_configuration_file_gives_what_the_command_line_leaves_open(tmp_path):
     assert dict(replaced.caches) == {"reference": ("./mine",), "teacher": ("./t2",)}
 
 
+def test_words_that_yaml_takes_for_booleans_are_words(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("packing: off\nsave_strategy: no\nbf16: no\nallow_partial: yes\n")
+    found = parse(*NEEDED, "--config", str(path))
+    assert (found.packing, found.arguments.save_strategy, found.arguments.bf16) == ("off", "no", False)
+    assert found.allow_partial is True
+    path.write_text("packing: on\n")
+    assert parse(*NEEDED, "--config", str(path)).packing == "on"
+
+
+def test_the_student_is_not_written_over(tmp_path):
+    with pytest.raises(InputError, match=r"--output .* is the student, which would be written over"):
+        parse(*NEEDED, "--student", str(tmp_path), "--output", f"{tmp_path}/../{tmp_path.name}")
+    assert parse(*NEEDED, "--student", str(tmp_path), "--output", str(tmp_path / "out")).student == str(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -291,6 +307,9 @@ def test_a_row_of_ones_own_is_an_objective_with_parameters(tmp_path):
         parse("--config", str(path), "--floor", "2")
     with pytest.raises(InputError, match="unknown argument --ceiling"):
         parse("--config", str(path), "--ceiling", "2")
+    path.write_text(ROW.replace("floor", "seed"))
+    with pytest.raises(InputError, match=r"has a parameter 'seed', and --seed is an option of 'logitcache train'"):
+        parse("--config", str(path))
     path.write_text(ROW.replace("label:", "lable:"))
     with pytest.raises(InputError, match="an objective has no key 'lable'"):
         parse("--config", str(path))

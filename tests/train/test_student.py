@@ -31,14 +31,7 @@ SIZES = {
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "initializer_range": 0.2}
 FAMILIES = {
     "llama": SIZES,
-    "qwen2": SIZES,
-    "qwen3": SIZES,
-    "mistral": SIZES,
-    "gemma": SIZES,
     "gemma2": {**SIZES, "final_logit_softcapping": 3.0},
-    "gemma3_text": SIZES,
-    "phi": SIZES,
-    "gpt_neox": SIZES,
     "cohere": {**SIZES, "logit_scale": 0.25},
     "granite": {**SIZES, "logits_scaling": 4.0},
     "gpt2": GPT2,
@@ -111,8 +104,9 @@ def test_batched_loss_and_gradients_equal_the_samples_one_by_one(name, layout):
     assert_same_gradients(gradients(model), wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_of_models_give_their_own_loss(family):
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_families_with_other_names_give_their_own_loss(family):
+    """Those with the names of Llama are in `test_families.py`."""
     model = make_model(family)
     assert choose_layout(model, "off") == "padded"
     samples = make_training_samples(3, seed=1)

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,6 +72,14 @@ def test_loader_workers_change_nothing(run, made, tmp_path):
     alone = run(made, tmp_path / "alone", max_steps=3)
     served = run(made, tmp_path / "served", max_steps=3, dataloader_num_workers=1)
     assert losses(served) == losses(alone)
+
+
+def test_an_error_of_a_loader_worker_has_its_own_message_and_no_traceback(run, made, tmp_path):
+    keys = pa.array([bytes.fromhex(sample.key) for sample in Cache.open(made.cache)], pa.binary(16))
+    pq.write_table(pa.table({"key": keys, "critical": [[1.0] * 99] * len(keys)}), tmp_path / "odd.parquet")
+    options = {"objective": "critical_tokens", "columns": tmp_path / "odd.parquet", "dataloader_num_workers": 1}
+    with pytest.raises(InputError, match=r"\Acolumn 'critical' of sample \w{32}: expected a number, .*\Z"):
+        run(made, tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize(("option", "value", "num_steps"), [("max_steps", 7, 7), ("num_train_epochs", 1, 5)])
@@ -172,6 +182,8 @@ def test_nothing_to_resume_is_refused(run, made, tmp_path):
 def test_a_student_that_is_not_there_is_refused(run, made, tmp_path):
     with pytest.raises(InputError, match=r"nobody: no such folder"):
         run(made, tmp_path / "out", student=tmp_path / "nobody")
+    with pytest.raises(InputError, match=r"config.json: a file, expected the folder of a checkpoint"):
+        run(made, tmp_path / "out", student=made.student / "config.json")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"cannot load a causal language model"):
         run(made, tmp_path / "out", student=tmp_path / "empty")
@@ -231,6 +243,11 @@ def test_a_missing_role_is_refused_before_the_student_is_loaded(run, made, tmp_p
 def test_a_student_that_diverges_stops_with_the_samples_named(run, made, tmp_path):
     with pytest.raises(LogitCacheError, match=r"step 2, samples ([0-9a-f]{32}, )*[0-9a-f]{32}: .* NaN or infinite"):
         run(made, tmp_path / "out", learning_rate="1e38", max_grad_norm=0)
+
+
+def test_a_student_that_diverges_in_the_last_step_is_said_to_be_of_no_use(run, made, tmp_path):
+    with pytest.raises(LogitCacheError, match=r"saved in .*out is of no use: \S+ holds NaN .* after the last step"):
+        run(made, tmp_path / "out", learning_rate="inf", max_steps=1)
 
 
 def test_a_student_of_damaged_weights_is_refused(run, made, tmp_path):

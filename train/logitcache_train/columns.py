@@ -66,25 +66,25 @@ class ColumnFiles:
         Raises:
             InputError: a sample has none.
         """
-        keys, wanted = cache.keys(), np.full(len(cache), -1, np.int64)
-        chunks, start = [], 0
+        keys = cache.keys()
+        columns: list[pa.ChunkedArray] = []
+        column_of, row_of = (np.full(len(cache), -1, np.int64) for _ in range(2))
         for table, own in zip(self._tables, self._keys, strict=True):
             if name not in table.column_names:
                 continue
-            left = samples[wanted[samples] < 0]
+            left = samples[column_of[samples] < 0]
             found = pc.index_in(_arrow(keys[left]), value_set=own)
-            there = np.asarray(found.is_valid())
-            wanted[left[there]] = start + found.fill_null(0).to_numpy(zero_copy_only=False)[there]
-            chunks.append(table.column(name))
-            start += len(table)
-        lacking = samples[wanted[samples] < 0]
+            there = left[np.asarray(found.is_valid())]
+            column_of[there], row_of[there] = len(columns), found.drop_null().to_numpy(zero_copy_only=False)
+            columns.append(table.column(name))
+        lacking = samples[column_of[samples] < 0]
         if len(lacking):
             raise InputError(
                 f"--columns {', '.join(self.paths)}: no {name!r} for {len(lacking):,} of {len(samples):,} samples of"
                 f" {cache.store.url}, the first with key {cache.key(int(lacking[0]))}; give a file that has them, too"
             )
-        joined = pa.chunked_array([chunk for column in chunks for chunk in column.chunks])
-        return lambda sample: joined[int(wanted[sample])].as_py()
+        # Not one array of all: in one file numbers may be whole, in another not.
+        return lambda sample: columns[column_of[sample]][int(row_of[sample])].as_py()
 
 
 NO_FILES = ColumnFiles(())

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def objective_from_mapping(mapping: Mapping[str, Any]) -> Objective:
     if not isinstance(mapping, Mapping):
         raise InputError(f"an objective must be a mapping with {', '.join(KEYS)}, got {mapping!r}")
     if unknown := [key for key in mapping if key not in KEYS]:
-        raise InputError(f"an objective has no key {unknown[0]!r}; its keys: {', '.join(KEYS)}")
+        rest = "; the student takes what the others leave of one" if unknown[0] == "student" else ""
+        raise InputError(f"an objective has no key {unknown[0]!r}; its keys: {', '.join(KEYS)}{rest}")
     name = _name(mapping)
     where = f"objective {name!r}"
     atoms: dict[str, Any] = {
@@ -83,6 +85,23 @@ def read_objective(path: Path) -> Objective:
     if not isinstance(values, Mapping) or not isinstance(values.get("objective"), Mapping):
         raise InputError(f"{path}: expected a mapping under the key 'objective', such as 'label: p_label'")
     return objective_from_mapping(values["objective"])
+
+
+def read_parameters(names: Iterable[str], words: Sequence[str]) -> tuple[dict[str, float], list[str]]:
+    """Numbers for parameters of these names from a command line, `--name VALUE`; and the words that are left.
+
+    Raises:
+        InputError: a value that is missing or no number.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in names:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, dest=name, type=float, default=SUPPRESS)
+    try:
+        found, rest = parser.parse_known_args(words)
+    except ArgumentError as e:
+        raise InputError(str(e)) from e
+    return vars(found), rest
 
 
 def _name(mapping: Mapping[str, Any]) -> str:

@@ -49,10 +49,12 @@ def check_folder(path: str, option: str) -> None:
         option: what with, for the message.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or it is a file.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise InputError(f"{option} {path}: no such folder")
+    found = Path(path).expanduser()
+    if found.is_file() or (path.startswith((".", "/", "~")) and not found.is_dir()):
+        what = "a file, expected the folder of a checkpoint" if found.is_file() else "no such folder"
+        raise InputError(f"{option} {path}: {what}")
 
 
 def load_student(settings: TrainSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

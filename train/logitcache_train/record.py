@@ -113,7 +113,10 @@ def checkpoint_to_resume(settings: TrainSettings) -> Path | None:
         raise InputError(f"{settings.output} has no checkpoint to go on from; leave out --resume_from_checkpoint")
     checkpoint = Path(str(last)) if asked.lower() == "true" else Path(asked)
     if not (checkpoint / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {asked}: no trainer_state.json there; name a folder checkpoint-N")
+        raise InputError(
+            f"--resume_from_checkpoint {asked}: no trainer_state.json there; name another folder checkpoint-N, or say"
+            " auto, which takes the last whole one of the output folder"
+        )
     return _check_sharding(checkpoint, settings)
 
 
@@ -144,14 +147,21 @@ def check_same_run(record: Mapping[str, Any], checkpoint: Path) -> None:
         MismatchError: names every entry that differs.
     """
     saved = read_record(checkpoint)
-    different = [
-        f"{name}: {record[name]}, there {saved.get(name)}" for name in EXACT if record[name] != saved.get(name)
-    ]
+    different = [name for name in EXACT if record[name] != saved.get(name)]
     if different:
+        found = "; ".join(f"{name}: {_shown(record, name)}, there {_shown(saved, name)}" for name in different)
+        grown = " (of a cache that has grown since, --allow_partial takes the same samples)"
         raise MismatchError(
-            f"{checkpoint} belongs to another run ({'; '.join(different)}); use the settings of that run,"
+            f"{checkpoint} belongs to another run ({found}); use the settings of that"
+            f" run{grown if 'samples' in different else ''},"
             f" or begin a new one from its weights with --student {checkpoint} and another --output"
         )
+
+
+def _shown(record: Mapping[str, Any], name: str) -> str:
+    """An entry in a message: of the samples how many, and where their fingerprint begins."""
+    value = str(record.get(name))
+    return f"{record.get('num_samples')} (fingerprint {value[:12]})" if name == "samples" else value
 
 
 def _described(caches: Mapping[str, Sequence[Cache]]) -> dict[str, list[dict[str, Any]]]:

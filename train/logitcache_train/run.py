@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.disk_cache import DiskCache
-from logitcache_storage.errors import InputError
+from logitcache_storage.errors import InputError, LogitCacheError
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.terminal import format_count
 from logitcache_train.collate import Layout
@@ -153,13 +154,16 @@ def _open_data(settings: TrainSettings, checkpoint: Path | None) -> _Data:
 
 
 def _ready_student(settings: TrainSettings, data: _Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Layout]:
-    """The student on its device, checked, its tokenizer, and how its batches lie."""
+    """The student, checked, its tokenizer, and how its batches lie."""
     arguments = settings.arguments
     model, tokenizer = load_student(settings)
     seen = [data.samples] if data.held_out is None else [data.samples, data.held_out]
     vocab_size = check_student(model, tokenizer, data.caches, seen, name=settings.student)
     autocast = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    layout = choose_layout(model.to(arguments.device), settings.packing, autocast=autocast)
+    # FSDP takes what it shards from the host, where a student may be larger than a GPU; flash attention needs the GPU.
+    if not arguments.fsdp or "flash" in str(model.config._attn_implementation):
+        model.to(arguments.device)
+    layout = choose_layout(model, settings.packing, autocast=autocast)
     make_student(model, settings.objective, vocab_size=vocab_size)
     # The Trainer writes this into the config that is saved with the student; our forward pass asks for no cache itself.
     arguments.use_cache = bool(getattr(model.config, "use_cache", True))
@@ -201,15 +205,41 @@ def _run(trainer: CachedTargetTrainer, settings: TrainSettings, checkpoint: Path
         for note in notes:
             meter.note(note)
         trainer.add_callback(_Lines(meter))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with _errors_as_raised():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model(str(settings.output))
     trainer.save_state()
+    _check_weights(trainer.model, settings.output)
     if is_main:
         print(f"saved {settings.output} after {trainer.state.global_step} steps")
     # NCCL complains of a group that nobody destroys. Gloo's destructor, called now, can deadlock with its own threads:
     # it holds the interpreter's lock, for which a thread may wait to drop the last collective's tensors.
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
         torch.distributed.destroy_process_group()
+
+
+def _check_weights(model: torch.nn.Module, output: Path) -> None:
+    """A student that the last step has ruined: of any other step, the loss of the next one says it."""
+    for name, parameter in model.named_parameters():
+        # Of a sharded parameter, this rank's part.
+        part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not torch.isfinite(part).all():
+            raise LogitCacheError(
+                f"the student saved in {output} is of no use: {name} holds NaN or infinite values after the last step;"
+                " try a lower learning rate or a wider dtype"
+            )
+
+
+@contextmanager
+def _errors_as_raised() -> Iterator[None]:
+    """Of loader workers; a DataLoader puts a worker's whole traceback into the message."""
+    try:
+        yield
+    except LogitCacheError as e:
+        _, found, message = str(e).rpartition(f"\n{type(e).__module__}.{type(e).__qualname__}: ")
+        if not found:
+            raise
+        raise type(e)(message.rstrip()) from e
 
 
 class _Lines(TrainerCallback):  # type: ignore[misc]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -20,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from logitcache_storage.errors import InputError
 from logitcache_train.collate import EQUALLY, Mixing
 from logitcache_train.commands.train import add_arguments, parameter_names
-from logitcache_train.custom import objective_from_mapping
+from logitcache_train.custom import objective_from_mapping, read_parameters
 from logitcache_train.held_out import check_metric
 from logitcache_train.joining import Missing
 from logitcache_train.lora import ALL_LINEAR, LoraSettings
@@ -37,6 +36,7 @@ COMMA_SEPARATED = ("mix_weights", "lora_targets")
 
 REFUSED = {
     "label_smoothing_factor": "use --objective label_smoothing",
+    "dataloader_drop_last": "every sample of an epoch is trained on, in batches of about equal tokens",
     "auto_find_batch_size": "set --batch_tokens or --gradient_accumulation_steps",
     "use_liger_kernel": "the loss is fused already",
     "torch_compile": "the fused loss cannot be traced",
@@ -94,6 +94,11 @@ class TrainSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
+        student = Path(self.student).expanduser()
+        if student.is_dir() and self.output.is_dir() and student.samefile(self.output):
+            raise InputError(
+                f"--output {self.output} is the student, which would be written over; choose another folder"
+            )
 
     @property
     def output(self) -> Path:
@@ -175,11 +180,14 @@ def _objective(own: Mapping[str, Any], rest: list[str]) -> tuple[Objective, list
     if not isinstance(own["objective"], dict):
         return objective(own["objective"], extrapolate=extrapolate, **parameters), rest
     row = objective_from_mapping(own["objective"])
-    parser = _Parser("logitcache train")
-    for name in row.parameters.keys() - set(parameter_names()):
-        parser.add_argument(f"--{name}", type=float, default=argparse.SUPPRESS)
-    found, rest = parser.parse_known_args(rest)
-    return row.with_parameters(extrapolate=extrapolate, **parameters, **vars(found)), rest
+    names = row.parameters.keys() - set(parameter_names())
+    if taken := sorted(names & {*own, *(f.name for f in fields(TrainingArguments))}):
+        raise InputError(
+            f"objective {row.name!r} has a parameter {taken[0]!r}, and --{taken[0]} is an option of 'logitcache train';"
+            " give the parameter another name"
+        )
+    found, rest = read_parameters(names, rest)
+    return row.with_parameters(extrapolate=extrapolate, **parameters, **found), rest
 
 
 def _mixing(own: Mapping[str, Any], caches: Mapping[str, Sequence[str]], obj: Objective) -> Mixing:
@@ -245,6 +253,11 @@ def _words(name: str, value: Any) -> list[str]:
     if value is None:
         return []
     flag, name = f"--{name}", name.replace("-", "_")
+    # `on`, `off` and `no` are booleans to YAML.
+    if isinstance(value, bool) and name == "packing":
+        value = "on" if value else "off"
+    elif value is False and name.endswith("_strategy"):
+        value = "no"
     if name in ("cache", "eval_cache"):
         roles = value.items() if isinstance(value, dict) else [("", value)]
         urls = [(role, url) for role, several in roles for url in (several if isinstance(several, list) else [several])]
@@ -274,13 +287,23 @@ def _training_arguments(words: Sequence[str], output: str, eval_caches: Mapping[
     for name, remedy in REFUSED.items():
         if (value := getattr(arguments, name, None)) != usual.get(name):
             raise InputError(f"--{name} {getattr(value, 'value', value)} does not work here: {remedy}")
-    if arguments.fsdp and "LOCAL_RANK" not in os.environ:
-        raise InputError("--fsdp shards a model over processes: torchrun --nproc_per_node N -m logitcache_train ...")
+    if arguments.fsdp:
+        _check_fsdp(arguments)
     _check_evaluation(arguments, eval_caches)
     # The Trainer takes every metric for better the greater it is, but for names that end in "loss".
     if arguments.greater_is_better and not any(re.match("--greater[-_]is[-_]better", word) for word in words):
         arguments.greater_is_better = arguments.metric_for_best_model.removeprefix("eval_") not in ("nll", "kl")
     return arguments
+
+
+def _check_fsdp(arguments: TrainingArguments) -> None:
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("--fsdp shards a model over processes: torchrun --nproc_per_node N -m logitcache_train ...")
+    if str((arguments.fsdp_config or {}).get("cpu_ram_efficient_loading", False)).lower() == "true":
+        raise InputError(
+            "--fsdp_config cpu_ram_efficient_loading: only one rank of a node would have the student's weights, and all"
+            " of them try the student out before the first step; leave it out"
+        )
 
 
 def _check_evaluation(arguments: TrainingArguments, eval_caches: Mapping[str, Any]) -> None:

@@ -62,8 +62,9 @@ def run(args: Namespace) -> int:
     from logitcache_storage.terminal import print_json
     from logitcache_train.answers import is_exact, read_problems
 
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit must be at least 1, got {args.limit}")
+    for name in ("limit", "samples"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
     _check_files(args)
     problems = read_problems(
         args.data, limit=args.limit, prompt_field=args.prompt_field, answer_field=args.answer_field

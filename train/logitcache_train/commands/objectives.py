@@ -28,7 +28,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "name",
         nargs="?",
         help="show this objective in full: formula, source, coefficients, parameters, needs; or FILE.yaml,"
-        " a configuration with a row of your own",
+        " a configuration with a row of your own, whose own parameters are options, too",
     )
     parser.add_argument(
         "--plot",
@@ -45,15 +45,22 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(args: Namespace) -> int:
     from logitcache_storage.terminal import facts_table, open_console, show
     from logitcache_train.commands.train import parameter_names
+    from logitcache_train.custom import read_parameters
     from logitcache_train.objectives import OBJECTIVES
 
     values = {name: getattr(args, name) for name in parameter_names() if getattr(args, name) is not None}
     if args.name is None:
-        if given := [*values, *(name for name in ("plot", "extrapolate") if getattr(args, name))]:
-            raise InputError(f"--{given[0]} is for one objective; say which, as in logitcache objectives target_sft")
+        given = [f"--{name}" for name in (*values, *(n for n in ("plot", "extrapolate") if getattr(args, n)))]
+        if given := [*given, *args.rest]:
+            raise InputError(f"{given[0]} is for one objective; say which, as in logitcache objectives target_sft")
         show(open_console(), _overview(list(OBJECTIVES.values())), FOOT)
         return 0
-    row = _find(args.name).with_parameters(extrapolate=args.extrapolate, **values)
+    row = _find(args.name)
+    own, rest = read_parameters(row.parameters.keys() - set(parameter_names()), args.rest)
+    if rest:
+        known = ", ".join(f"--{name}" for name in row.parameters) or "none"
+        raise InputError(f"unknown argument {rest[0]}; parameters of objective {row.name!r}: {known}")
+    row = row.with_parameters(extrapolate=args.extrapolate, **values, **own)
     if args.plot is None:
         show(open_console(), row.name, facts_table(_facts(row)))
         return 0
@@ -124,4 +131,5 @@ COMMAND = Command(
     summary="list the training objectives, show one (formula, source, parameters, needs), or draw what it teaches",
     add_arguments=_add_arguments,
     run=_run,
+    takes_rest=True,
 )

@@ -68,11 +68,18 @@ def parameter_names() -> list[str]:
 
 
 def run(args: Namespace) -> int:
-    """Train; errors leave as exceptions."""
+    """Train; errors leave as exceptions, but for those that another rank says."""
+    from logitcache_storage.errors import LogitCacheError
+    from logitcache_train.ranks import is_said_by_another
     from logitcache_train.run import train
     from logitcache_train.settings import parse_settings
 
-    train(parse_settings(args))
+    try:
+        train(parse_settings(args))
+    except LogitCacheError as e:
+        if is_said_by_another(str(e)):
+            return e.exit_status
+        raise
     return 0
 
 
