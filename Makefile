@@ -37,7 +37,7 @@ demo: install
 
 # The tests of a file share what took long to make, so they stay together.
 test: install $(VENV)/azurite
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not rehearsal"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not rehearsal"
 
 # Builds on a cluster that loses its nodes, its drivers and its store.
 test-faults: install

@@ -39,6 +39,7 @@ from logitcache_storage.progress import progress
 from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import PlanRecord
 from logitcache_storage.shard_labels import row_owners
+from logitcache_storage.terminal import counted
 
 
 def build(
@@ -133,7 +134,8 @@ def finish(store: ObjectStore, plan: PlanRecord, log: Log, allow_quarantine: int
             write_manifest(store, records)
     if len(records) == num_shards and num_rows == plan.num_rows:
         text = (
-            f"complete: {plan.num_samples:,} samples, {plan.num_rows:,} target tokens in {len(records):,} shards,"
+            f"complete: {counted(plan.num_samples, 'sample')}, {plan.num_rows:,} target tokens in"
+            f" {counted(len(records), 'shard')},"
             f" {num_bytes / 1e6:,.1f} MB ({num_bytes / plan.num_rows:.1f} bytes per target token)"
         )
         log.info("complete", text, samples=plan.num_samples, target_tokens=num_rows, shards=num_shards, bytes=num_bytes)

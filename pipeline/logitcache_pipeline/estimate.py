@@ -32,7 +32,7 @@ from logitcache_storage.objects import ObjectStore
 from logitcache_storage.samples import target_positions
 from logitcache_storage.schema import CacheIdentity
 from logitcache_storage.shard_format import shard_format
-from logitcache_storage.terminal import format_bytes, format_count, format_duration
+from logitcache_storage.terminal import counted, format_bytes, format_count, format_duration
 from logitcache_storage.topk import TopKLogProbs
 
 DEFAULT_SAMPLE_ROWS = 2000
@@ -129,7 +129,7 @@ def render_estimate(found: dict[str, Any]) -> str:
         f"shortest {tokens['min']:,}, 5% up to {tokens['p5']:,}, 99% up to {tokens['p99']:,}; targets per sample:"
         f" median {targets['p50']:,}, 95% up to {targets['p95']:,}, longest {targets['max']:,}"
     )
-    lines.append(f"{found['shards']:,} shards of up to {found['shard_rows']:,} target rows")
+    lines.append(f"{counted(found['shards'], 'shard')} of up to {found['shard_rows']:,} target rows")
     lines.append(_bytes_line(found["bytes"]))
     if (rate := found["rate"]) is not None:
         lines.append(

@@ -8,6 +8,7 @@ counters.
     logitcache_shards                                 counter: committed                            cache, node
     logitcache_failed_attempts                        counter: at shards                            cache
     logitcache_quarantined_shards                     counter                                       cache
+    logitcache_quarantined_samples                    counter: left out of committed shards         cache
     logitcache_failed_starts                          counter: of workers                           cache
     logitcache_target_tokens_left                     gauge: still to be scored                     cache
     logitcache_store_seconds                          histogram: encode, write and commit a shard   cache, node
@@ -38,6 +39,7 @@ class BuildMetrics:
         self._shards = counter("shards", "Shards committed", of_node)
         self._failed_attempts = counter("failed_attempts", "Attempts at shards that failed", of_cache)
         self._quarantined = counter("quarantined_shards", "Shards that used up their attempts", of_cache)
+        self._excluded = counter("quarantined_samples", "Samples that committed shards lack", of_cache)
         self._failed_starts = counter("failed_starts", "Workers that could not start", of_cache)
         self._left = Gauge("logitcache_target_tokens_left", "Target tokens still to be scored", of_cache)
         self._left.set_default_tags({"cache": cache})
@@ -56,6 +58,8 @@ class BuildMetrics:
             return
         node = {"node": worker.rpartition(":")[0]}
         self._shards.inc(1, node)
+        if outcome.excluded:
+            self._excluded.inc(sum(len(sample.source_ids) for sample in outcome.excluded))
         self._target_tokens.inc(outcome.num_rows, node)
         self._tokens.inc(outcome.num_tokens, node)
         self._store_seconds.observe(outcome.store_seconds, node)

@@ -111,11 +111,12 @@ def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None =
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = _load("config", AutoConfig, settings.teacher).get_text_config()
-    if settings.k > config.vocab_size:
-        raise InputError(f"k must be at most the teacher's vocabulary size {config.vocab_size}, got {settings.k}")
+    config = _load("config", AutoConfig, settings.teacher)
+    vocab_size = config.get_text_config().vocab_size
+    if settings.k > vocab_size:
+        raise InputError(f"k must be at most the teacher's vocabulary size {vocab_size}, got {settings.k}")
     tokenizer = _load("tokenizer", AutoTokenizer, settings.teacher)
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = _longest_sample(config, settings)
     if settings.max_length is not None and longest is not None and settings.max_length > longest:
         raise InputError(f"max_length {settings.max_length} is above the {longest} tokens the teacher takes")
     tokenize_settings = TokenizeSettings(
@@ -125,7 +126,7 @@ def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None =
         response_field=settings.response_field,
     )
     found = survey(settings.data, storage_options)
-    return Prepared(settings, found, tokenizer, tokenize_settings, config.vocab_size, storage_options)
+    return Prepared(settings, found, tokenizer, tokenize_settings, vocab_size, storage_options)
 
 
 def write_plan(store: ObjectStore, prepared: Prepared) -> PlanRecord:
@@ -208,6 +209,15 @@ def _load(what: str, auto_class: Any, path: str) -> Any:
             f"cannot load its {what}" if Path(path).is_dir() else "neither a folder nor a model that the hub gives"
         )
         raise InputError(f"the teacher {path!r}: {problem}: {' '.join(str(e).split())}") from e
+
+
+def _longest_sample(config: Any, settings: BuildSettings) -> int | None:
+    """Tokens that the teacher takes, as far as its config tells; None: no limit is known."""
+    if settings.engine == "vllm":
+        from logitcache_pipeline.engines.vllm import longest_request
+
+        return longest_request(config, settings.engine_options)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class _Stream:

@@ -4,6 +4,7 @@
     its rows are there                       takes the next       is written meanwhile
     its outcome                                                   committed
     an exception of the task                 takes the next       another attempt
+    `max_attempts` of those in a row         is replaced          another attempt
     WorkerStoppingError (SIGTERM)            is replaced          given back, at no cost
     StoreUnavailableError                    waits for the store  is asked for again, at no cost, for a while
     RayError (the actor is gone)             is replaced          another attempt; given back if it was leaving
@@ -14,7 +15,8 @@ dies, the one in the teacher has failed, and the other is given back. What becom
 
 An actor whose node is being drained takes no further shard and is replaced when it has nothing in hand. A shard's clock
 starts when its actor has answered that it has started, so that waiting for a node or for the teacher's weights costs no
-attempt. An actor that fails to start is replaced as often as a shard is attempted, then done without.
+attempt. An actor that fails to start is replaced as often as a shard is attempted, then done without; what is wrong
+with the teacher everywhere ends the run at once, as long as nothing is committed.
 
 What an event costs does not grow with the number of shards, and memory holds nothing of a shard that is committed: with
 shards of a second, one driver keeps hundreds of workers busy.
@@ -24,17 +26,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from logitcache_pipeline.actors import NOT_STARTED, Call, Slot, draining_nodes, is_preempted, kill_actor, reason_of
 from logitcache_pipeline.attempts import AttemptObserver, Attempts
-from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo, WorkerStoppingError
-from logitcache_storage.errors import BuildError, InputError, LogitCacheError, StoreError, StoreUnavailableError
+from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerStoppingError
+from logitcache_storage.errors import BuildError, InputError, StoreError, StoreUnavailableError
+from logitcache_storage.terminal import counted
 
 POLL_SECONDS = 1.0
 FIRST_DEADLINE_SECONDS = 3600.0
@@ -51,8 +55,8 @@ class RunSettings:
 
     num_workers: int = 1
     max_attempts: int = 3
-    """Attempts at a shard before it is searched for bad samples, and at starting a worker before the run goes on
-    without it."""
+    """Attempts at a shard before it is searched for bad samples, failed ones in a row before the worker is replaced,
+    and attempts at starting a worker before the run goes on without it."""
     shard_deadline: float | None = None
     """Seconds an attempt may take; None: 20 times the slowest shard so far, at least 10 minutes, an hour at first."""
 
@@ -86,50 +90,6 @@ class Observer(AttemptObserver, Protocol):
         """A worker has waited for the store for so long."""
 
 
-_UNKNOWN = WorkerInfo("?")
-"""A worker that has not started."""
-
-
-@dataclass(eq=False)
-class _Slot:
-    """One actor and what it has in hand."""
-
-    number: int
-    actor: Any
-    info: WorkerInfo = _UNKNOWN
-    scoring: ShardTask | None = None
-    scored: ShardTask | None = None
-    """Its rows wait until what was scored before is written; meanwhile nothing is scored."""
-    writing: ShardTask | None = None
-    is_leaving: bool = False
-    failed_starts: int = 0
-    unavailable_since: float | None = None
-    """When the store began not to answer it."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """What an actor has been asked for, and has not answered."""
-
-    slot: _Slot
-    kind: Literal["start", "score", "commit"]
-    since: float
-
-
-def kill_actor(actor: Any) -> None:
-    """End an actor's process; Ray starts no other in its place."""
-    ray.kill(actor, no_restart=True)
-
-
-def draining_nodes() -> Container[str]:
-    """Nodes that are about to go: preempted, or no longer wanted by the autoscaler."""
-    try:
-        found: dict[str, int] = ray._private.state.state.get_draining_nodes()  # as Ray's own libraries ask, too
-    except (RayError, RuntimeError):  # through a Ray client, or while the cluster's head is started again
-        return ()
-    return found
-
-
 def run_shards(
     tasks: Iterable[ShardTask],
     make_worker: Callable[[], Any],
@@ -147,7 +107,8 @@ def run_shards(
         kill_worker: ends what `make_worker` made.
 
     Raises:
-        InputError: what a worker said of the teacher when it started; another attempt would say the same.
+        InputError: what a worker said of the teacher when it started, before anything was committed; another attempt
+            would say the same.
         BuildError: no worker can start.
     """
     loop = _Loop(Attempts(tasks, settings.max_attempts, observer), make_worker, settings, observer, kill_worker)
@@ -171,14 +132,15 @@ class _Loop:
         self._settings = settings
         self._observer = observer
         self._kill = kill_worker
-        self._busy: dict[Any, _Call] = {}
+        self._busy: dict[Any, Call] = {}
+        self._has_committed = False
         self._slowest = 0.0
         self._last_sign = self._last_note = self._last_look = time.monotonic()
         self._last_store_note = -math.inf
 
     def run(self) -> None:
         for number in range(min(self._settings.num_workers, len(self._shards))):
-            self._start(_Slot(number, self._make_worker()))
+            self._start(Slot(number, self._make_worker()))
         # Nobody waits for workers that start when there is nothing left for them to do.
         while len(self._shards) or self._has_work_in_hand():
             for ref in self._ready():
@@ -207,7 +169,7 @@ class _Loop:
     def _has_work_in_hand(self) -> bool:
         return any(call.kind != "start" for call in self._busy.values())
 
-    def _call(self, slot: _Slot, kind: Literal["start", "score", "commit"]) -> None:
+    def _call(self, slot: Slot, kind: Literal["start", "score", "commit"]) -> None:
         match kind:
             case "start":
                 ref = slot.actor.start.remote()
@@ -216,19 +178,19 @@ class _Loop:
             case "commit":
                 assert slot.writing is not None
                 ref = slot.actor.commit.remote(slot.writing.shard)
-        self._busy[ref] = _Call(slot, kind, time.monotonic())
+        self._busy[ref] = Call(slot, kind, time.monotonic())
 
-    def _start(self, slot: _Slot) -> None:
+    def _start(self, slot: Slot) -> None:
         slot.scoring = slot.scored = slot.writing = slot.unavailable_since = None
-        slot.info, slot.is_leaving = _UNKNOWN, False
+        slot.info, slot.is_leaving, slot.failed_in_row = NOT_STARTED, False, 0
         self._call(slot, "start")
 
-    def _replace(self, slot: _Slot) -> None:
+    def _replace(self, slot: Slot) -> None:
         self._kill(slot.actor)
         slot.actor = self._make_worker()
         self._start(slot)
 
-    def _go_on(self, slot: _Slot) -> None:
+    def _go_on(self, slot: Slot) -> None:
         """Score the next shard, and write what is scored, as far as this actor may."""
         may_write = slot.scored is not None and slot.writing is None
         if may_write:
@@ -238,7 +200,7 @@ class _Loop:
         if may_write:
             self._call(slot, "commit")
 
-    def _score_next(self, slot: _Slot) -> None:
+    def _score_next(self, slot: Slot) -> None:
         if len(self._shards) and not slot.is_leaving:
             in_hand = [] if slot.writing is None else [slot.writing, self._shards.peek()]
             if not any(map(self._shards.is_suspect, in_hand)):
@@ -251,23 +213,23 @@ class _Loop:
             else:
                 self._kill(slot.actor)
 
-    def _receive(self, ref: Any, call: _Call) -> None:
+    def _receive(self, ref: Any, call: Call) -> None:
         slot = call.slot
         try:
             answer = ray.get(ref)
         except RayTaskError as e:
             self._receive_error(call, e.cause)
         except RayError as e:
-            if call.kind == "start":
-                self._fail_start(slot, _reason(e))
-            else:
+            if call.kind != "start":
                 self._lose(slot, e)
+            else:
+                self._fail_start(slot, reason_of(e), is_blameless=is_preempted(e))
         else:
             slot.unavailable_since = None
             self._receive_answer(call, answer)
             self._go_on(slot)
 
-    def _receive_answer(self, call: _Call, answer: Any) -> None:
+    def _receive_answer(self, call: Call, answer: Any) -> None:
         slot = call.slot
         if call.kind == "start":
             slot.info, slot.failed_starts = answer, 0
@@ -277,7 +239,7 @@ class _Loop:
             self._committed(answer, slot)
         else:
             assert slot.scoring is not None
-            task, slot.scoring = slot.scoring, None
+            task, slot.scoring, slot.failed_in_row = slot.scoring, None, 0
             self._slowest = max(self._slowest, time.monotonic() - call.since)
             if answer is not None:
                 self._committed(answer, slot)
@@ -286,35 +248,44 @@ class _Loop:
             else:
                 slot.scored = task
 
-    def _committed(self, outcome: ShardOutcome, slot: _Slot) -> None:
+    def _committed(self, outcome: ShardOutcome, slot: Slot) -> None:
+        self._has_committed = True
         self._shards.committed(outcome.shard)
         self._observer.committed(outcome, slot.number)
 
-    def _receive_error(self, call: _Call, cause: Exception) -> None:
+    def _receive_error(self, call: Call, cause: Exception) -> None:
         """What the actor's own code has raised; the actor lives."""
         slot = call.slot
         if isinstance(cause, StoreUnavailableError) and self._is_patient(slot, str(cause)):
             self._call(slot, call.kind)
         elif call.kind == "start":
-            if isinstance(cause, InputError):
+            if isinstance(cause, InputError) and not self._has_committed:
                 raise cause from None
-            self._fail_start(slot, _reason(cause))
+            self._fail_start(slot, reason_of(cause), is_blameless=isinstance(cause, WorkerStoppingError))
         else:
-            task = slot.scoring if call.kind == "score" else slot.writing
-            assert task is not None
-            if call.kind == "score":
-                slot.scoring = None
-            else:
-                slot.writing = None
-            reason = f"{_reason(cause)} (on {slot.info.name})"
-            if isinstance(cause, WorkerStoppingError):
-                self._leave(slot, str(cause))
-                self._shards.give_back(task, reason)
-            else:
-                self._shards.failed(task, reason, may_be_samples=not isinstance(cause, StoreError))
+            self._fail_attempt(call, cause)
             self._go_on(slot)
 
-    def _is_patient(self, slot: _Slot, reason: str) -> bool:
+    def _fail_attempt(self, call: Call, cause: Exception) -> None:
+        slot = call.slot
+        task = slot.scoring if call.kind == "score" else slot.writing
+        assert task is not None
+        if call.kind == "score":
+            slot.scoring = None
+            slot.failed_in_row += 1
+        else:
+            slot.writing = None
+        reason = f"{reason_of(cause)} (on {slot.info.name})"
+        if isinstance(cause, WorkerStoppingError):
+            self._leave(slot, str(cause))
+            self._shards.give_back(task, reason)
+            return
+        self._shards.failed(task, reason, may_be_samples=not isinstance(cause, StoreError))
+        if slot.failed_in_row >= self._settings.max_attempts and not slot.is_leaving:
+            # It may be the process: an error of CUDA stays, and one worker would go through all shards with it.
+            self._leave(slot, f"{counted(slot.failed_in_row, 'attempt')} in a row failed")
+
+    def _is_patient(self, slot: Slot, reason: str) -> bool:
         """Whether to wait longer for the store; says so now and then."""
         now = time.monotonic()
         slot.unavailable_since = slot.unavailable_since or now
@@ -327,19 +298,19 @@ class _Loop:
         slot.unavailable_since = None
         return False
 
-    def _lose(self, slot: _Slot, error: RayError) -> None:
+    def _lose(self, slot: Slot, error: RayError) -> None:
         """The actor has died, with all that it had in hand."""
         for ref in [ref for ref, call in self._busy.items() if call.slot is slot and call.kind == "commit"]:
             # One that was answered before holds.
             with suppress(RayError):
                 if ray.wait([ref], timeout=0)[0]:
                     self._receive_answer(self._busy[ref], ray.get(ref))
-        reason = f"{_reason(error)} (on {slot.info.name})"
-        is_preempted = slot.is_leaving or (isinstance(error, RayActorError) and error.preempted)
-        self._take_back(slot, None if is_preempted else slot.scoring or slot.writing, reason)
+        reason = f"{reason_of(error)} (on {slot.info.name})"
+        is_blameless = slot.is_leaving or is_preempted(error)
+        self._take_back(slot, None if is_blameless else slot.scoring or slot.writing, reason)
         self._replace(slot)
 
-    def _take_back(self, slot: _Slot, blamed: ShardTask | None, reason: str) -> None:
+    def _take_back(self, slot: Slot, blamed: ShardTask | None, reason: str) -> None:
         """Shards that an actor no longer has in hand; one of them has failed, perhaps."""
         for ref in [ref for ref, call in self._busy.items() if call.slot is slot]:
             del self._busy[ref]
@@ -349,8 +320,12 @@ class _Loop:
         if blamed is not None:
             self._shards.failed(blamed, reason, lost_worker=True)
 
-    def _fail_start(self, slot: _Slot, reason: str) -> None:
+    def _fail_start(self, slot: Slot, reason: str, *, is_blameless: bool) -> None:
         """Another actor, or go on without: one bad node must not end a run on a hundred."""
+        if is_blameless:
+            self._leave(slot, reason)
+            self._replace(slot)
+            return
         slot.failed_starts += 1
         self._observer.worker_failed(reason)
         if slot.failed_starts < self._settings.max_attempts:
@@ -386,7 +361,7 @@ class _Loop:
             if slot.info.node in nodes and not slot.is_leaving:
                 self._leave(slot, "its node is being drained")
 
-    def _leave(self, slot: _Slot, reason: str) -> None:
+    def _leave(self, slot: Slot, reason: str) -> None:
         slot.is_leaving = True
         self._observer.worker_leaves(slot.number, reason)
 
@@ -397,15 +372,3 @@ class _Loop:
         elif now - self._last_note >= WAITING_NOTE_SECONDS:
             self._last_note = now
             self._observer.waiting(now - self._last_sign)
-
-
-def _reason(cause: Exception) -> str:
-    """What a person needs to know of an error that came back from an actor, in a line."""
-    if isinstance(cause, LogitCacheError):
-        return str(cause)
-    if not isinstance(cause, RayError):
-        return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:1000]
-    # Of Ray's own words those that say why: not which actor it was, nor what might be the cause of such things.
-    lines = (line for line in str(cause).splitlines() if not line.startswith("\t"))
-    text = " ".join(" ".join(lines).split()).partition(" Some common causes include")[0]
-    return f"its worker died or cannot be reached: {(text.partition('Worker exit detail: ')[2] or text)[:1000]}"

@@ -26,6 +26,7 @@ from logitcache_pipeline.engines.base import ScoringRequest, Teacher, load_teach
 from logitcache_storage.commit import commit_shard, load_commit, load_identity
 from logitcache_storage.errors import (
     CacheNotFoundError,
+    InputError,
     LogitCacheError,
     MismatchError,
     ObjectNotFoundError,
@@ -36,7 +37,7 @@ from logitcache_storage.objects import open_store
 from logitcache_storage.patience import patiently
 from logitcache_storage.plans import load_plan
 from logitcache_storage.samples import SamplesTable
-from logitcache_storage.schema import CacheIdentity, ExcludedSample, ShardRecord
+from logitcache_storage.schema import CacheIdentity, ExcludedSample, PlanRecord, ShardRecord
 from logitcache_storage.topk import TopKLogProbs
 
 STORE_SECONDS = 5.0
@@ -134,7 +135,7 @@ class ScoringWorker:
 
         Raises:
             CacheNotFoundError: this node does not see the cache.
-            InputError: the teacher cannot be loaded or scored exactly.
+            InputError: the teacher cannot be loaded or scored exactly, or takes less than the longest sample.
             MismatchError: the teacher is not the one of the cache's identity.
             StoreUnavailableError: the store does not answer; ask again.
             WorkerStoppingError: see `stop`.
@@ -268,16 +269,21 @@ class ScoringWorker:
             ) from e
 
     @cached_property
-    def _samples(self) -> SamplesTable:
+    def _plan(self) -> PlanRecord:
         plan = load_plan(self._store)
         assert plan is not None, "the driver writes the plan before it starts workers"
-        return SamplesTable(self._store, plan)
+        return plan
+
+    @cached_property
+    def _samples(self) -> SamplesTable:
+        return SamplesTable(self._store, self._plan)
 
     @cached_property
     def _teacher(self) -> Teacher:
         settings = self._settings
         teacher = load_teacher(settings.engine, settings.path, settings.dtype, **settings.options)
         _check_same_teacher(teacher, self._identity)
+        _check_length(teacher, self._plan)
         return teacher
 
 
@@ -294,6 +300,17 @@ def _check_same_teacher(teacher: Teacher, identity: CacheIdentity) -> None:
         raise MismatchError(
             f"{teacher.identity.id}: its head has {teacher.vocab_size} rows, its config says"
             f" {identity.vocab_size}; correct vocab_size in the config"
+        )
+
+
+def _check_length(teacher: Teacher, plan: PlanRecord) -> None:
+    """An engine may take less than the config says."""
+    longest = max(report["tokens_per_sample"]["max"] for report in plan.report.get("plans", [plan.report]))
+    if teacher.max_length is not None and longest > teacher.max_length:
+        raise InputError(
+            f"the longest sample has {longest:,} tokens, and {teacher.identity.id} takes {teacher.max_length:,} in the"
+            f" engine {teacher.identity.engine}; build another cache with --max-length {teacher.max_length}, or let the"
+            " engine take more (vllm: max_model_len in --engine-options)"
         )
 
 

@@ -26,12 +26,14 @@ from typing import Any
 import numpy as np
 import torch
 from bench_teacher_engine import bare, ratio
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from random_models import Shape, random_qwen2
+from transformers import Qwen2ForCausalLM
 
 from logitcache_pipeline.engines.base import ScoringRequest
 from logitcache_pipeline.engines.transformers import TransformersTeacher
 from logitcache_storage.topk import TopKLogProbs
 
+SHAPE = Shape(151_936, 2048, 5632, 24, head_size=128)
 K, NUM_SEQUENCES, ROUNDS, CHECKED = 64, 800, 5, 8
 
 
@@ -77,25 +79,14 @@ def random_requests() -> list[ScoringRequest]:
     requests = []
     for length in rng.gamma(6.0, 25.0, NUM_SEQUENCES).clip(60, 420).astype(int):
         targets = np.arange(int(0.4 * length), length, dtype=np.int32)
-        requests.append(ScoringRequest(rng.integers(151_936, size=length, dtype=np.int32), targets))
+        requests.append(ScoringRequest(rng.integers(SHAPE.vocab_size, size=length, dtype=np.int32), targets))
     return requests
 
 
 def save_model(folder: str) -> int:
     """Write it; returns its number of parameters."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
     with torch.device("cuda"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+        model = random_qwen2(SHAPE).to(torch.bfloat16)
     model.save_pretrained(folder)
     return int(model.num_parameters())
 

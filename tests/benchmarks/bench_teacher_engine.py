@@ -22,14 +22,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from random_models import Shape, random_qwen2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from logitcache_pipeline.engines.base import ScoringRequest
 from logitcache_pipeline.engines.transformers import TransformersTeacher
@@ -41,27 +41,18 @@ ROUNDS = 3
 OBVIOUS_BATCH = 8
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A Qwen2, and how many records it scores."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_records: int
-
-
-SHAPES = {"42M": Shape(32768, 512, 1408, 8, num_records=48), "153M": Shape(151936, 768, 2048, 6, num_records=20)}
+SHAPES = {"42M": Shape(32768, 512, 1408, 8), "153M": Shape(151936, 768, 2048, 6)}
+NUM_RECORDS = {"42M": 48, "153M": 20}
+"""That each model scores."""
 
 
 def run() -> dict[str, Any]:
     """Measure; ratios are of throughputs on the same samples."""
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    requests = gsm8k_requests(max(shape.num_records for shape in SHAPES.values()))
+    requests = gsm8k_requests(max(NUM_RECORDS.values()))
     try:
-        measured = {name: measure(shape, requests[: shape.num_records]) for name, shape in SHAPES.items()}
+        measured = {name: measure(shape, requests[: NUM_RECORDS[name]]) for name, shape in SHAPES.items()}
     finally:
         torch.set_num_threads(threads)
     return {"threads": THREADS, "k": K, "dtype": "float32", **measured}
@@ -72,7 +63,7 @@ def measure(shape: Shape, requests: list[ScoringRequest]) -> dict[str, Any]:
     num_tokens = sum(len(r.input_ids) for r in requests)
     num_targets = sum(len(r.target_positions) for r in requests)
     with tempfile.TemporaryDirectory() as folder:
-        model = random_model(shape).eval()
+        model = random_qwen2(shape).eval()
         model.save_pretrained(folder)
         teacher = TransformersTeacher.load(folder, dtype="float32", device="cpu")
     variants: dict[str, Callable[[], object]] = {
@@ -122,24 +113,6 @@ def gsm8k_requests(num_records: int) -> list[ScoringRequest]:
         targets = np.arange(len(prompt), len(ids), dtype=np.int32)
         requests.append(ScoringRequest(np.array(ids, dtype=np.int32), targets))
     return requests
-
-
-def random_model(shape: Shape) -> Qwen2ForCausalLM:
-    """Weights of twice the usual spread, so that the distributions are not all but uniform."""
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.hidden_size // 64,
-            num_key_value_heads=2,
-            max_position_embeddings=2048,
-            tie_word_embeddings=True,
-            initializer_range=0.04,
-        )
-    )
 
 
 def interleaved(variants: dict[str, Callable[[], object]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:

@@ -158,26 +158,14 @@ class _Clock:
 
 
 def _save_model(folder: str) -> None:
-    import torch
+    from random_models import Shape, random_qwen2
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     if (Path(folder) / "config.json").exists():
         return
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=V,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.04,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    random_qwen2(Shape(V, 512, 1408, 4)).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 

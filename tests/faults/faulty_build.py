@@ -10,6 +10,9 @@
 
 and nothing of the kind once the first word of the sample stands in FOLDER/mended.
 
+Where FOLDER has a file `hungry`, the teacher is the engine transformers instead, and its batches of more than
+MOST_TOKENS tokens ask for more memory than there is; FOLDER/batches has the tokens of each.
+
 FOLDER remembers what has happened, and is the same for every driver and worker.
 """
 
@@ -31,6 +34,8 @@ from logitcache_pipeline.testing import MAX_LENGTH, VOCAB_SIZE
 from logitcache_pipeline.worker import ScoringWorker
 from logitcache_storage.cli import main
 from logitcache_storage.topk import TopKLogProbs
+
+MOST_TOKENS = 60
 
 
 def rows_of(input_ids: Any, target_positions: Any, k: int) -> TopKLogProbs:
@@ -95,7 +100,30 @@ class SufferingWorker(ScoringWorker):
         return self.suffering
 
 
+class HungryWorker(ScoringWorker):
+    """A worker of which the allocator refuses what large batches ask for."""
+
+    folder = Path()
+
+    @property
+    def _teacher(self) -> Any:
+        if "hungry" not in vars(self):
+            self.hungry: Any = super()._teacher
+            self.hungry._model.base_model.register_forward_pre_hook(self._allocate, with_kwargs=True)
+        return self.hungry
+
+    def _allocate(self, module: Any, args: Any, kwargs: Any) -> None:
+        import torch
+
+        num_tokens = kwargs["input_ids"].numel()
+        with (self.folder / "batches").open("a") as f:
+            f.write(f"{num_tokens}\n")
+        torch.empty(2**50 if num_tokens > MOST_TOKENS else 0, dtype=torch.uint8)
+
+
 if __name__ == "__main__":
-    SufferingWorker.folder = Path(sys.argv[1])
-    build_module.ScoringWorker = SufferingWorker  # type: ignore[misc]
+    folder = Path(sys.argv[1])
+    worker = HungryWorker if (folder / "hungry").exists() else SufferingWorker
+    worker.folder = folder
+    build_module.ScoringWorker = worker  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

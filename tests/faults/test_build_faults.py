@@ -51,13 +51,18 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], subprocess.Popen[byt
         with (tmp_path / "log").open("ab") as log:
             # Ray as a user has it: a test that ran before may have set its own.
             clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=clean))
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=clean, preexec_fn=heed_interrupts))
         return processes[-1]
 
     yield start_command
     for process in processes:
         process.kill()
         process.wait()
+
+
+def heed_interrupts() -> None:
+    """As at a terminal: what a shell starts in the background ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def commits(cache: Path) -> dict[str, bytes]:

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from logitcache_pipeline.engines.base import ScoringRequest, load_teacher
 from logitcache_pipeline.testing import write_teacher
 from logitcache_storage import Cache
 from logitcache_storage.cli import main
@@ -201,6 +203,27 @@ def test_a_store_that_is_away_for_half_a_minute_and_a_worker_told_to_stop(new_jo
     assert job.status(capsys)[0] == 0
     count_fault("a store away for 30 s")
     count_fault("workers told to stop")
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(new_job, count_fault):
+    """The allocator says no; the worker goes on with smaller batches, which costs no attempt and changes no row."""
+    job = new_job()
+    (job.folder / "hungry").touch()
+    job.write_corpus({}, 8)
+    assert job.start("--workers", "1").wait(300) == 0, job.log
+    sizes = [int(size) for size in (job.folder / "batches").read_text().split()]
+    assert sizes[0] > sizes[1] == sizes[0] // 2 and max(sizes[1:]) <= sizes[0] // 2
+    (run,) = json.loads(open_store(job.url).get("report.json"))["runs"]
+    assert (run["outcome"], run["failed_attempts"]) == ("complete", 0)
+    cache = Cache.open(job.url)
+    assert len(cache) == 8 and verify_cache(job.url, deep=True).is_intact
+    teacher = load_teacher("transformers", str(job.teacher), "float32", "cpu")
+    for sample in cache:
+        (alone,) = teacher.score([ScoringRequest(sample.input_ids, sample.target_positions)], K)
+        # Logits up to 8 in float32, through two layers of batches of another shape.
+        np.testing.assert_allclose(sample.topk.log_probs, alone.log_probs, atol=2e-5)
+        np.testing.assert_allclose(sample.topk.label_log_prob, alone.label_log_prob, atol=2e-5)
+    count_fault("batches that do not fit into memory")
 
 
 def test_everything_at_once(new_job, cluster, faulty_s3, capsys, count_fault):

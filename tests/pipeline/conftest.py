@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from logitcache_pipeline.testing import write_teacher
 # Read when ray is imported.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+sys.path.append(str(Path(__file__).parent))  # faulty_workers.py
 
 
 @pytest.fixture(scope="session")

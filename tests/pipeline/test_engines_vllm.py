@@ -178,10 +178,12 @@ def test_prompt_logprobs_agree_with_transformers(checkpoint, name):
 
 
 def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
+    """vLLM with two ranks beneath one Ray actor."""
     teacher = write_teacher(tmp_path / "teacher", head_dim=32)
     data = tmp_path / "data.jsonl"
     records = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 5)} for i in range(20)]
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    two_ranks = {"tensor_parallel": 2, "gpus_per_worker": 0.0, "engine_options": {"enforce_eager": True}}
     caches, said = {}, []
     for engine in ("transformers", "vllm"):
         settings = BuildSettings(
@@ -189,10 +191,10 @@ def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
             (str(data),),
             str(tmp_path / engine),
             engine=engine,
-            engine_options={"enforce_eager": True} if engine == "vllm" else {},
             precision="fp32",
             k=K,
             role="reference",
+            **(two_ranks if engine == "vllm" else {}),
         )
         build(settings, say=said.append)
         caches[engine] = Cache.open(settings.cache)

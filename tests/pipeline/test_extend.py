@@ -189,7 +189,7 @@ def test_the_first_corpus_is_never_added_twice(base):
 def test_a_dry_run_writes_nothing(base, more):
     before = files(base.cache)
     lines = run(replace(more, dry_run=True))
-    assert "5 records, 3 samples" in lines[0] and "1 shards of up to 24 target rows" in lines[-1]
+    assert "5 records, 3 samples" in lines[0] and "1 shard of up to 24 target rows" in lines[-1]
     assert run(replace(base, extend=True, dry_run=True)) == [
         "plan 0 of the cache is of these data already: nothing would be added"
     ]

@@ -12,6 +12,7 @@ import ray
 
 from logitcache_pipeline.metrics import STORE_SECONDS, BuildMetrics
 from logitcache_pipeline.worker import ShardOutcome
+from logitcache_storage.schema import ExcludedSample
 
 pytestmark = pytest.mark.timeout(60)
 CACHE = "s3://bucket/metrics-test"
@@ -49,7 +50,12 @@ def test_a_scraper_sees_what_was_counted(driver):
         metrics = BuildMetrics(CACHE, 1000)
         metrics.committed(ShardOutcome(0, 100, 5000, 2.0, True, num_tokens=250, store_seconds=0.2), "first:1")
         metrics.committed(ShardOutcome(1, 60, 5000, 2.0, True, num_tokens=150, store_seconds=20.0), "first:2")
-        metrics.committed(ShardOutcome(2, 40, 5000, 2.0, True, num_tokens=90, store_seconds=0.01), "second:1")
+        lost = (
+            ExcludedSample(0, 4, "a" * 32, ("first", "second"), "bad"),
+            ExcludedSample(4, 6, "b" * 32, ("x",), "bad"),
+        )
+        outcome = ShardOutcome(2, 40, 5000, 2.0, True, num_tokens=90, store_seconds=0.01, excluded=lost)
+        metrics.committed(outcome, "second:1")
         metrics.committed(ShardOutcome(3, 30, 5000, 0.0, False), "second:1")
         metrics.quarantined()
         metrics.start_failed()
@@ -63,9 +69,11 @@ def test_a_scraper_sees_what_was_counted(driver):
     assert by_node == {"first": 160, "second": 40}
     assert sum(map(value, scrape(driver, "tokens_total"))) == 490
     assert sum(map(value, scrape(driver, "shards_total"))) == 3
-    for name, expected in (("failed_attempts", 3), ("quarantined_shards", 1), ("failed_starts", 1)):
-        assert list(map(value, scrape(driver, f"{name}_total"))) == [expected]
-    assert list(map(value, scrape(driver, "target_tokens_left"))) == [770]
+    counts = {"failed_attempts": 3, "quarantined_shards": 1, "quarantined_samples": 3, "failed_starts": 1}
+    assert {name: list(map(value, scrape(driver, f"{name}_total"))) for name in counts} == {
+        name: [count] for name, count in counts.items()
+    }
+    assert list(map(value, scrape(driver, "target_tokens_left"))) == [760]
     buckets = [line for line in scrape(driver, "store_seconds_bucket") if 'node="first"' in line]
     assert len(buckets) == len(STORE_SECONDS) + 1
     counts = {line.partition('le="')[2].partition('"')[0]: value(line) for line in buckets}

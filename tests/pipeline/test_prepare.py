@@ -41,6 +41,16 @@ def test_the_identity_holds_what_was_asked_for(settings):
     assert identity.corpus.settings["max_length"] == MAX_LENGTH
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, MAX_LENGTH), ({"max_model_len": 100}, 100), ({"route": "prompt_logprobs"}, MAX_LENGTH - 1)],
+)
+def test_samples_are_cut_to_what_vllm_takes(settings, options, expected):
+    prepared = prepare(replace(settings, engine="vllm", engine_options=options))
+    assert prepared.corpus_identity.settings["max_length"] == expected
+    assert plan_summary(prepared).report["tokens_per_sample"]["max"] == expected
+
+
 def test_the_written_plan_is_the_planned_one_and_the_same_on_two_runs(settings, tmp_path):
     prepared, stores = prepare(settings), [open_store(str(tmp_path / name)) for name in ("one", "two")]
     plans = []

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcache_pipeline.build import remaining_tasks
+from logitcache_pipeline.engines.transformers import TransformersTeacher
 from logitcache_pipeline.prepare import prepare, write_plan
 from logitcache_pipeline.settings import BuildSettings
-from logitcache_pipeline.testing import VOCAB_SIZE, write_teacher
+from logitcache_pipeline.testing import MAX_LENGTH, VOCAB_SIZE, write_teacher
 from logitcache_pipeline.worker import (
     ScoringWorker,
     ShardOutcome,
@@ -280,6 +281,13 @@ def test_a_config_that_lies_about_the_vocabulary_is_refused(settings):
     create_or_continue(store, replace(identity, vocab_size=VOCAB_SIZE + 1))
     write_plan(store, prepare(settings))
     with pytest.raises(MismatchError, match=f"head has {VOCAB_SIZE} rows, .* {VOCAB_SIZE + 1}"):
+        worker(settings).start()
+
+
+def test_an_engine_that_takes_less_than_the_longest_sample_is_refused_before_it_scores(settings, monkeypatch):
+    planned(settings)
+    monkeypatch.setattr(TransformersTeacher, "max_length", MAX_LENGTH - 1)
+    with pytest.raises(InputError, match=rf"has {MAX_LENGTH} tokens, .* takes 255 in the engine .*--max-length 255"):
         worker(settings).start()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -99,7 +100,7 @@ class TransformersTeacher:
             trust_remote_code: run model code that comes with the checkpoint.
             attention: transformers' `attn_implementation`; None: its own choice.
             tokens_per_batch: tokens of a batch, padding included; None: see `TOKENS_PER_BATCH`. Halved for good
-                whenever a batch does not fit into the GPU's memory.
+                whenever a batch does not fit into the device's memory.
             compile: put the backbone through `torch.compile`, which takes a minute or more and pays in long runs.
 
         Raises:
@@ -157,7 +158,7 @@ class TransformersTeacher:
         """See `Teacher.score`.
 
         Raises:
-            LogitCacheError: as there, or a sequence by itself needs more memory than the GPU has.
+            LogitCacheError: as there, or a sequence by itself needs more memory than the device has.
         """
         check_requests(requests, k, self)
         answers: dict[int, TopKLogProbs] = {}
@@ -182,7 +183,9 @@ class TransformersTeacher:
         while left:
             try:
                 rows = self._start([requests[i] for i in left[0]], k)
-            except torch.OutOfMemoryError as e:
+            except RuntimeError as e:
+                if not should_reduce_batch_size(e):
+                    raise
                 self._halve_budget([lengths[i] for i in left[0]], e)
                 rows = None
             # Outside of the handler, whose exception still holds the tensors of the batch.
@@ -198,12 +201,12 @@ class TransformersTeacher:
         labels_N = self._tensor(np.concatenate([r.input_ids[r.target_positions] for r in requests]).astype(np.int64))
         return top_k_log_probs(self._head, hidden_ND, labels_N, k)
 
-    def _halve_budget(self, lengths: Sequence[int], error: torch.OutOfMemoryError) -> None:
+    def _halve_budget(self, lengths: Sequence[int], error: RuntimeError) -> None:
         """After a batch of these lengths did not fit."""
         if len(lengths) == 1:
             raise LogitCacheError(
                 f"a sequence of {lengths[0]} tokens by itself does not fit into the memory of {self._model.device}"
-                f" ({error}); lower max_length, or use a GPU with more memory free or the engine vllm on several"
+                f" ({error}); lower max_length, or use one with more memory free or the engine vllm on several GPUs"
             ) from error
         found = num_input_tokens(lengths, self._layout)
         self._tokens_per_batch = found // 2

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -76,6 +76,7 @@ class VllmTeacher:
 
         Raises:
             InputError: vLLM is not installed, or cannot run this model.
+            LogitCacheError: it cannot run it here and now, e.g. because its processes do not find each other.
         """
         if device is not None:
             raise InputError(f"the engine vllm takes the devices it sees; set CUDA_VISIBLE_DEVICES instead of {device}")
@@ -106,7 +107,9 @@ class VllmTeacher:
             # vLLM's own default for pooling models would run the head in float32 whatever the model's dtype.
             engine = LLM(path, **common, **_engine_arguments(chosen, architecture), **options)
         except (OSError, ValueError, RuntimeError) as e:
-            raise InputError(f"vLLM cannot run {path!r}: {e}") from e
+            # What it says of devices and of its own processes may be otherwise at the next attempt.
+            kind = LogitCacheError if isinstance(e, RuntimeError) else InputError
+            raise kind(f"vLLM cannot run {path!r}: {e}") from e
         arithmetic = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
         identity = teacher_identity(path, dtype=arithmetic, engine="vllm", revision=revision)
         return cls(engine, identity, chosen, vocab_size=config.get_text_config().vocab_size)
@@ -169,6 +172,17 @@ def choose_route(config: Any, route: Route | None = None) -> tuple[str, Route]:
     """The architecture of a model's config, and the route that it takes where none is asked for."""
     architecture: str = (config.architectures or ["unknown"])[0]
     return architecture, route or ("pooling" if architecture in ARCHITECTURES else "prompt_logprobs")
+
+
+def longest_request(config: Any, options: Mapping[str, Any]) -> int | None:
+    """Tokens of a request, as far as a model's config and the options of `VllmTeacher.load` tell before it is loaded.
+
+    vLLM may take fewer: it has reasons of its own for a smaller `max_model_len`.
+    """
+    limits = getattr(config.get_text_config(), "max_position_embeddings", None), options.get("max_model_len")
+    known = [limit for limit in limits if isinstance(limit, int) and limit > 0]
+    _, route = choose_route(config, options.get("route"))
+    return min(known) - (route == "prompt_logprobs") if known else None
 
 
 def _stored_dtype(config: Any) -> str:
