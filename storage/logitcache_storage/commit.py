@@ -240,7 +240,7 @@ def write_manifest(store: ObjectStore, records: Mapping[int, ShardRecord]) -> No
 
 
 def read_rows(store: ObjectStore, identity: CacheIdentity, record: ShardRecord, rows: slice) -> TopKLogProbs:
-    """Rows [start, stop) of a committed shard. A read of the whole shard fetches its objects side by side.
+    """Rows [start, stop) of a committed shard.
 
     Raises:
         CorruptionError: an object is missing or damaged, or does not hold what the record says.
@@ -251,8 +251,6 @@ def read_rows(store: ObjectStore, identity: CacheIdentity, record: ShardRecord, 
             f" in {record.num_bytes} bytes, which no writer makes"
         )
     objects = CommittedObjects(store, record.row_objects)
-    if (rows.start, rows.stop) == (0, record.num_rows):
-        objects.fetch_all()
     prefix = shard_prefix(record.shard, record.attempt)
     where = f"{store.url}/{prefix}"
     try:

@@ -36,9 +36,10 @@ class CommittedObjects:
         """Bytes of an object, as committed."""
         return self._record(path).size
 
-    def fetch_all(self) -> None:
-        """Fetch every object now, side by side; later reads come from memory."""
-        missing = [path for path in self._records if path not in self._held]
+    def fetch_all(self, paths: Iterable[str] | None = None) -> None:
+        """Fetch these objects now, or all, side by side; later reads come from memory."""
+        wanted = self._records if paths is None else [self._record(path).path for path in paths]
+        missing = [path for path in wanted if path not in self._held]
         with self._listed():
             found = self._store.get_many(missing)
         for path, data in zip(missing, found, strict=True):

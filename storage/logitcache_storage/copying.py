@@ -33,7 +33,7 @@ from logitcache_storage.errors import (
     ObjectNotFoundError,
 )
 from logitcache_storage.objects import ObjectStore
-from logitcache_storage.plans import Plans, join_plans, load_plans
+from logitcache_storage.plans import Plans, join_plans, load_plans, plan_path
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.record_json import load_record
 from logitcache_storage.schema import CacheIdentity, ObjectRecord, ShardRecord
@@ -94,7 +94,10 @@ def copy_cache(
     plans = load_plans(source)
     if plans is None:
         raise CacheNotFoundError(f"{source.url}: the build has not written its plan yet; let it run, then copy")
-    identity, plan_records = source.get(commit.IDENTITY_PATH), dict(_plan_records(source))
+    # A plan that was made since then is left to the next copy, as are the samples that it lists.
+    planned = {plan_path(number) for number in range(len(plans.records))}
+    plan_records = {path: data for path, data in _plan_records(source) if path in planned}
+    identity = source.get(commit.IDENTITY_PATH)
     _refuse_another_cache(target, identity, plan_records)
     num_planned = len(join_plans(plans, where=source.url).shard_num_rows)
     shards = commit.load_commits(source, num_planned)

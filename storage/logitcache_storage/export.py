@@ -146,11 +146,12 @@ def parquet_table(samples: list[Sample], k: int, corpus: list[pa.Field]) -> pa.T
         "log_tail": _split(pa.array(topk.log_tail), counts),
         "label_log_prob": _split(pa.array(topk.label_log_prob), counts),
     }
-    own = {
-        f"corpus_{f.name}" if f.name in columns else f.name: pa.array([s.columns[f.name] for s in samples], f.type)
-        for f in corpus
-    }
-    return pa.table({**columns, **own})
+    for f in corpus:
+        name = f.name
+        while name in columns:
+            name = f"corpus_{name}"
+        columns[name] = pa.array([sample.columns[f.name] for sample in samples], f.type)
+    return pa.table(columns)
 
 
 def axolotl_table(samples: list[Sample], k: int, corpus: list[pa.Field]) -> pa.Table:

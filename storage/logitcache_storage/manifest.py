@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from logitcache_storage.bounded_parquet import BoundedParquet
 from logitcache_storage.committed import shard_prefix
 from logitcache_storage.errors import CorruptionError, InputError
 from logitcache_storage.schema import ExcludedSample, ObjectRecord, ShardRecord
@@ -149,8 +150,8 @@ def parse_manifest(data: bytes, num_shards: int, *, where: str) -> Manifest:
         CorruptionError: they are no such table of so many shards.
     """
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        file = BoundedParquet(lambda: io.BytesIO(data), len(data))
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         # Each shard and each checksum has bytes of its own, so a table of more values than bytes is none.
         values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
         if file.metadata.num_rows != num_shards or values > 8 * len(data):
@@ -159,7 +160,7 @@ def parse_manifest(data: bytes, num_shards: int, *, where: str) -> Manifest:
         table = file.read().combine_chunks()
         if not any(table.schema.equals(known) for known in (MANIFEST_SCHEMA, _WITH_EXCLUDED)):
             raise CorruptionError(f"{where}: other columns than a manifest has: {table.schema.names}")
-    except (pa.ArrowException, OSError, LookupError) as e:
+    except (pa.ArrowException, OSError, LookupError, ValueError) as e:
         raise CorruptionError(f"{where}: not the Parquet file it should be: {e}") from e
     return Manifest(table, where)
 

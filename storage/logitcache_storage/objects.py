@@ -14,7 +14,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,12 +34,15 @@ from logitcache_storage.schema import parse_object_path
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 20
 """Without a byte from the server for so long, a request has failed. Clients repeat it a few times by themselves: a
-server that has stopped answering is given up after two to five minutes."""
+server that has stopped answering is given up after two to eight minutes."""
+S3_TRIES = 3
+"""Of a read, and of each request within it; botocore repeats requests besides. By itself s3fs takes five, of both."""
 WRITE_SECONDS = 180
 SLOWEST_LINK = 100_000
 """Bytes per second. A write may take so long, all repetitions by the client counted, and on such a link."""
 
-_ASK_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+_ASK_AGAIN = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.TOO_MANY_REQUESTS)
+"""409: of two writes of one object at a time, S3 may refuse one; who asks again is told which object is there."""
 
 _ELSEWHERE = (HTTPStatus.MOVED_PERMANENTLY, HTTPStatus.TEMPORARY_REDIRECT, HTTPStatus.BAD_REQUEST)
 """What S3 answers to requests that are signed for another region; to those for the head of an object without a word."""
@@ -239,11 +242,8 @@ class FsspecStore(ObjectStore):
 
     def delete(self, path: str) -> None:
         """See `ObjectStore`."""
-        with _store_errors(self.url, path, writing=True):
-            try:
-                self._connected().rm_file(self._full(path))
-            except FileNotFoundError:
-                return
+        with _store_errors(self.url, path, writing=True), suppress(FileNotFoundError):
+            self._connected().rm_file(self._full(path))
 
     def _write(self, path: str, data: bytes, *, mode: str) -> None:
         fs, full = self._connected(), self._full(path)
@@ -256,11 +256,13 @@ class FsspecStore(ObjectStore):
             fsspec.asyn.sync(fs.loop, fs._pipe_file, full, data, mode=mode, timeout=seconds)
 
     def _connect(self) -> None:
-        options = {**self._options, **_timeouts(self.url, self._options)}
+        options = {**self._options, **_defaults(self.url, self._options)}
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False, **options)
         except Exception as e:
             raise StoreError(f"{self.url}: cannot be opened: {_described(e)}") from e
+        if self.url.startswith("s3"):
+            self._fs.retries = S3_TRIES
         self._pid = os.getpid()
 
     def _connected(self) -> Any:
@@ -315,6 +317,8 @@ def _remedy(error: Exception, url: str, *, writing: bool) -> str:
         return "; there is no such bucket or folder: make it, or check the URL"
     if url.startswith("s3") and status in _ELSEWHERE:
         return "; check that region (AWS_DEFAULT_REGION) and endpoint (AWS_ENDPOINT_URL) are those of the bucket"
+    if writing and status == HTTPStatus.NOT_IMPLEMENTED:
+        return "; a cache needs a store with create-only writes (If-None-Match), as S3, Azure and Google's have"
     if _is_passing(error):
         return "; check the network and the endpoint, and run the same command again to continue"
     return ""
@@ -324,7 +328,7 @@ def _is_passing(error: Exception) -> bool:
     """Whether the store is not there just now, or asks to be left alone: nothing is wrong with what was asked."""
     status, said = _http_status(error), f"{type(error).__name__} {error}"
     if status is not None:
-        return status >= HTTPStatus.INTERNAL_SERVER_ERROR or status in _ASK_AGAIN
+        return status in _ASK_AGAIN or (status >= 500 and status != HTTPStatus.NOT_IMPLEMENTED)
     if isinstance(error, PermissionError) or "redential" in said:
         return False
     return isinstance(error, TimeoutError | ConnectionError) or "Timeout" in said or "onnect" in said
@@ -355,19 +359,19 @@ def _http_status(error: BaseException | None) -> int | None:
     return None
 
 
-def _timeouts(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Storage options that bound the wait for a server, where the user has not set them.
+def _defaults(url: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Storage options that bound the wait for a server and the number of requests, where the user has not set them.
 
     By their own defaults s3fs waits seven minutes for a server that does not answer, adlfs five, gcsfs for ever.
     """
     protocol = url.split("://")[0]
-    bounds: dict[str, Any]
+    bounds: dict[str, Any] = {}
     given = {**fsspec.config.conf.get(protocol, {}), **options}
     if protocol in ("s3", "s3a"):
-        # s3fs repeats what timed out five times, and botocore all that it repeats; refusals are left to botocore.
-        bounds = {"read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 5}}
-        return {"config_kwargs": {**bounds, **given.get("config_kwargs", {})}}
-    bounds = {}
+        retries = {"mode": "standard", "total_max_attempts": 5}
+        config = {"read_timeout": 10, "retries": retries, **given.get("config_kwargs", {})}
+        # Else s3fs asks for the size of every object first, to read those of more than 50 MB in pieces side by side.
+        return {"max_concurrency": given.get("max_concurrency", 1), "config_kwargs": config}
     if protocol in ("gs", "gcs"):
         import aiohttp
 

@@ -29,11 +29,12 @@ from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError, ObjectNotFoundError
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.plans import load_plan
+from logitcache_storage.progress import progress
 from logitcache_storage.record_json import dump_record
 from logitcache_storage.sample_statistics import compute_statistics
 from logitcache_storage.schema import STATISTICS_SUFFIX, CacheIdentity, QuarantineRecord, ShardRecord
 from logitcache_storage.statistics_object import dump_statistics
-from logitcache_storage.verify import NUM_READERS, Damage, VerifyReport
+from logitcache_storage.verify import NUM_RECORD_READERS, Damage, VerifyReport
 
 _MANIFEST = (commit.MANIFEST_PATH, commit.MANIFEST_TABLE_PATH)
 
@@ -68,10 +69,10 @@ def is_repairable(found: Damage) -> bool:
     return not found.is_unreachable and (found.shard is not None or is_repeated)
 
 
-def restore_commits(store: ObjectStore) -> tuple[int, ...]:
+def restore_commits(store: ObjectStore, *, quiet: bool = True) -> tuple[int, ...]:
     """Put back from the manifest the commit records that are damaged or missing; returns their shards.
 
-    What they list is checked by the `verify_cache` that follows.
+    What they list is checked by the `verify_cache` that follows. `quiet`: show no progress.
     """
     try:
         plan, listed = load_plan(store), commit.load_manifest(store)
@@ -80,10 +81,16 @@ def restore_commits(store: ObjectStore) -> tuple[int, ...]:
     if plan is None or listed is None:
         return ()
     sizes, there = plan.shard_num_rows, commit.committed_shards(store)
-    with ThreadPoolExecutor(NUM_READERS) as pool:
+    lost: list[int] = []
+    restored: list[int] = []
+    with (
+        progress("reading records", total=len(listed), unit="records", quiet=quiet) as meter,
+        ThreadPoolExecutor(NUM_RECORD_READERS) as pool,
+    ):
         found = pool.map(lambda shard: _readable_commit(store, shard) if shard in there else None, listed)
-        lost = [shard for shard, record in zip(listed, found, strict=True) if record is None]
-    restored = []
+        for shard, record in zip(listed, found, strict=True):
+            lost += [] if record else [shard]
+            meter.advance()
     for shard in lost:
         record = listed[shard]
         if shard < len(sizes) and record.num_planned_rows == sizes[shard]:

@@ -12,9 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from logitcache_storage.arrow_shard import VerifiedFile
+from logitcache_storage.bounded_parquet import (
+    MAX_BYTES_AT_ONCE,
+    MAX_BYTES_PER_BYTE,
+    MAX_VALUES_PER_BYTE,
+    BoundedParquet,
+)
 from logitcache_storage.committed import CommittedObjects
 from logitcache_storage.disk_cache import DiskCache
 from logitcache_storage.errors import CorruptionError, LogitCacheError
@@ -58,11 +63,6 @@ KEPT_BYTES = 1 << 28
 
 SCAN_BYTES = 1 << 22
 """Of neighbouring row groups that a scan fetches in one request; one at least."""
-
-MAX_VALUES_AT_ONCE = 1 << 24
-MAX_VALUES_PER_BYTE = 1024
-"""What a column of a row group may hold: so many values, or so many for each byte of its object. Equal ones take none,
-and would fill the memory."""
 
 FOOTERS_KEPT = 64
 """Parts whose Parquet footer stays in memory."""
@@ -109,7 +109,10 @@ class SamplesTable:
             CorruptionError: a part is damaged, lacks a column, or points outside the plan's shards.
         """
         fixed = pa.schema([f for f in SAMPLES_SCHEMA if f.name not in TOKEN_COLUMNS])
-        tables = [self._read_part(part, None) for part in self._plan.parts]
+        tables = []
+        for part in self._plan.parts:
+            names = dict.fromkeys([*self.column_names(part), *fixed.names])  # so that one that is not there is missed
+            tables.append(self._read_part(part, list(names)))
         try:
             table = pa.concat_tables(tables) if tables else fixed.empty_table()
         except pa.ArrowInvalid as e:
@@ -118,11 +121,11 @@ class SamplesTable:
         check_inside_shards(_places_of(table), sizes, self._store.url)
         return table
 
-    def column_names(self) -> list[str]:
-        """The columns of `index`."""
+    def column_names(self, part: PlanPart | None = None) -> list[str]:
+        """The columns of `index`; of a part, its own."""
         if not self._plan.parts:
             return [name for name in SAMPLES_SCHEMA.names if name not in TOKEN_COLUMNS]
-        record = self._plan.parts[0].object
+        record = (part or self._plan.parts[0]).object
         return _without_tokens(read_parquet_object(self._store, record).schema_arrow.names)
 
     def describe(self, samples: Sequence[int]) -> list[dict[str, Any]]:
@@ -156,17 +159,29 @@ class SamplesTable:
         Raises:
             CorruptionError: a part is damaged.
         """
-        for part in range(max(0, bisect.bisect_right(self._first_samples, first) - 1), len(self._plan.parts)):
-            record = self._plan.parts[part]
-            objects = CommittedObjects(self._store, (record.object,))
-            with _decoding(self._store, record.object.path):
-                file = _open_parquet(objects, record.object.path)
-            fetched = start = max(0, first - record.first_sample) // ROWS_PER_GROUP
-            for group in range(start, -(-record.num_samples // ROWS_PER_GROUP)):
-                if group == fetched:
-                    fetched = self._fetch(objects, file, part, group)
-                table = self._decoded_group(file, part, group, names)
-                yield record.first_sample + group * ROWS_PER_GROUP, table
+        for part in self._plan.parts[max(0, bisect.bisect_right(self._first_samples, first) - 1) :]:
+            yield from self.scan_part(part, names, max(0, first - part.first_sample))
+
+    def scan_part(
+        self, part: PlanPart, names: Sequence[str] | None = None, first: int = 0
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """As `scan`, of one part, from that of its sample `first` on; without names every column.
+
+        Raises:
+            CorruptionError: it is damaged, or has another number of samples than the plan says.
+        """
+        path = part.object.path
+        objects = CommittedObjects(self._store, (part.object,))
+        with _decoding(self._store, path):
+            file = _open_parquet(objects, path)
+        if file.metadata.num_rows != part.num_samples:
+            found = f"{file.metadata.num_rows} samples, the plan says {part.num_samples}"
+            raise CorruptionError(f"{self._store.url}/{path}: {found}")
+        fetched = start = first // ROWS_PER_GROUP
+        for group in range(start, -(-part.num_samples // ROWS_PER_GROUP)):
+            if group == fetched:
+                fetched = self._fetch(objects, file, path, group)
+            yield part.first_sample + group * ROWS_PER_GROUP, self._decoded_group(file, part, group, names)
 
     def read_ahead(self, part: int, group: int) -> memoryview | None:
         """A row group in the disk cache, kept there while somebody has it (`DiskCache.get_ahead`)."""
@@ -212,46 +227,44 @@ class SamplesTable:
         return table
 
     def _read_group(self, part: int, group: int) -> pa.Table:
-        path = self._plan.parts[part].object.path
-        objects = CommittedObjects(self._store, (self._plan.parts[part].object,))
+        record = self._plan.parts[part]
+        path = record.object.path
+        objects = CommittedObjects(self._store, (record.object,))
         with _decoding(self._store, path):
             file = _open_parquet(objects, path, self._footers.get(part))
-            self._check_group(file, part, group)
-            objects.fetch(path, *_byte_range(file.metadata.row_group(group)))
-        table = self._decoded_group(file, part, group, None)
+            self._check_group(file, record, group)
+            objects.fetch(path, *file.byte_range(group))
+        table = self._decoded_group(file, record, group, None)
         self._footers[part] = file.metadata
         for old in list(self._footers)[:-FOOTERS_KEPT]:  # other threads may do the same
             self._footers.pop(old, None)
         return table
 
-    def _check_group(self, file: pq.ParquetFile, part: int, group: int) -> None:
+    def _check_group(self, file: BoundedParquet, part: PlanPart, group: int) -> None:
         """Of the metadata alone: nothing is allocated for more samples than a group may have."""
-        record = self._plan.parts[part]
-        expected = min(ROWS_PER_GROUP, record.num_samples - group * ROWS_PER_GROUP)
-        found = file.metadata.row_group(group).num_rows if group < file.num_row_groups else 0
+        expected = min(ROWS_PER_GROUP, part.num_samples - group * ROWS_PER_GROUP)
+        found = file.metadata.row_group(group).num_rows if group < file.metadata.num_row_groups else 0
         if found != expected:
-            where = f"{self._store.url}/{record.object.path}"
+            where = f"{self._store.url}/{part.object.path}"
             raise CorruptionError(f"{where}: {found} samples in row group {group}, expected {expected}")
 
-    def _fetch(self, objects: CommittedObjects, file: pq.ParquetFile, part: int, group: int) -> int:
+    def _fetch(self, objects: CommittedObjects, file: BoundedParquet, path: str, group: int) -> int:
         """Fetch this row group and so many behind it as `SCAN_BYTES` hold; returns the first that is not fetched."""
-        path = self._plan.parts[part].object.path
         with _decoding(self._store, path):
-            start, stop = _byte_range(file.metadata.row_group(group))
-            while (group := group + 1) < file.num_row_groups:
-                further = max(stop, _byte_range(file.metadata.row_group(group))[1])
+            start, stop = file.byte_range(group)
+            while (group := group + 1) < file.metadata.num_row_groups:
+                further = max(stop, file.byte_range(group)[1])
                 if further - start > SCAN_BYTES:
                     break
                 stop = further
             objects.fetch(path, start, stop)
         return group
 
-    def _decoded_group(self, file: pq.ParquetFile, part: int, group: int, names: Sequence[str] | None) -> pa.Table:
-        path = self._plan.parts[part].object.path
-        with _decoding(self._store, path):
+    def _decoded_group(self, file: BoundedParquet, part: PlanPart, group: int, names: Sequence[str] | None) -> pa.Table:
+        with _decoding(self._store, part.object.path):
             self._check_group(file, part, group)
-            table = file.read_row_group(group, list(names) if names else None).combine_chunks()
-        _check_schema(table, f"{self._store.url}/{path}", names or SAMPLES_SCHEMA.names)
+            table = file.read_group(group, names).combine_chunks()
+        _check_schema(table, f"{self._store.url}/{part.object.path}", names or SAMPLES_SCHEMA.names)
         return table
 
     def _group_bytes(self, part: int, group: int) -> list[Any]:
@@ -267,8 +280,7 @@ class SamplesTable:
 
     def _places(self, part: PlanPart) -> Places:
         if part.index is None:
-            table = self._read_part(part, PLACE_COLUMNS)
-            return _places_of(table)
+            return _places_of(self._read_part(part, PLACE_COLUMNS))
         objects = CommittedObjects(self._store, (part.index,))
         return parse_places(objects.get_range(part.index.path, 0, PLACE_BYTES * part.num_samples))
 
@@ -281,25 +293,19 @@ class SamplesTable:
             data = objects.get_range(part.index.path, PLACE_BYTES * part.num_samples, part.index.size)
         return np.frombuffer(data, ">u8").reshape(-1, 2)
 
-    def _read_part(self, part: PlanPart, names: Sequence[str] | None) -> pa.Table:
-        """Columns of a whole part; without names all but the tokens."""
-        where = f"{self._store.url}/{part.object.path}"
-        with _decoding(self._store, part.object.path):
-            file = read_parquet_object(self._store, part.object)
-            if file.metadata.num_rows != part.num_samples:
-                raise CorruptionError(f"{where}: {file.metadata.num_rows} samples, the plan says {part.num_samples}")
-            # A table of a few bytes may claim any number of rows; groups are bounded, and each takes bytes of its own.
-            if file.num_row_groups > part.object.size:
-                raise CorruptionError(f"{where}: {file.num_row_groups} row groups in {part.object.size} bytes")
-            sizes = {file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)}
-            if max(sizes, default=0) > ROWS_PER_GROUP:
-                raise CorruptionError(f"{where}: row groups of {max(sizes)} samples, expected {ROWS_PER_GROUP}")
-            table = file.read(list(names) if names else _without_tokens(file.schema_arrow.names))
-        _check_schema(table, where, names)
-        return table
+    def _read_part(self, part: PlanPart, names: Sequence[str]) -> pa.Table:
+        """These columns of a whole part."""
+        tables, left = [], max(MAX_BYTES_AT_ONCE, MAX_BYTES_PER_BYTE * part.object.size)
+        for _, table in self.scan_part(part, names):
+            tables.append(table)
+            left -= table.nbytes
+            if left < 0:
+                where = f"{self._store.url}/{part.object.path}"
+                raise CorruptionError(f"{where}: {part.object.size} bytes that unpack to more than any writer makes")
+        return pa.concat_tables(tables)
 
 
-def read_parquet_object(store: ObjectStore, record: ObjectRecord) -> pq.ParquetFile:
+def read_parquet_object(store: ObjectStore, record: ObjectRecord) -> BoundedParquet:
     """A committed parquet object, opened; every byte read from it is verified."""
     with _decoding(store, record.path):
         return _open_parquet(CommittedObjects(store, (record,)), record.path)
@@ -311,8 +317,10 @@ def read_vocabulary(store: ObjectStore, record: ObjectRecord, vocab_size: int) -
     Raises:
         CorruptionError: it is damaged, or has more rows than ids.
     """
+    objects = CommittedObjects(store, (record,))
+    objects.fetch_all()  # it is small, and has hundreds of row groups
     with _decoding(store, record.path):
-        file = _open_parquet(CommittedObjects(store, (record,)), record.path)
+        file = _open_parquet(objects, record.path)
         if file.metadata.num_rows > vocab_size:
             raise CorruptionError(
                 f"{store.url}/{record.path}: {file.metadata.num_rows} words, and there are {vocab_size} ids"
@@ -328,22 +336,8 @@ def target_positions(target_ranges: npt.NDArray[np.int32]) -> npt.NDArray[np.int
     return np.asarray(np.repeat(starts, lengths) + np.arange(lengths.sum()) - before, dtype=np.int32)
 
 
-def _open_parquet(objects: CommittedObjects, path: str, footer: Any = None) -> pq.ParquetFile:
-    file = pq.ParquetFile(pa.PythonFile(VerifiedFile(objects, path), mode="r"), metadata=footer)
-    if footer is None:
-        most = max(MAX_VALUES_AT_ONCE, MAX_VALUES_PER_BYTE * objects.size(path))
-        groups = (file.metadata.row_group(i) for i in range(file.num_row_groups))
-        found = max((group.column(i).num_values for group in groups for i in range(group.num_columns)), default=0)
-        if found > most:
-            raise CorruptionError(f"{path}: {found} values in {objects.size(path)} bytes, which no writer makes")
-    return file
-
-
-def _byte_range(row_group: Any) -> tuple[int, int]:
-    """Where the bytes of a row group stand."""
-    columns = [row_group.column(i) for i in range(row_group.num_columns)]
-    starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
-    return min(starts), max(start + column.total_compressed_size for start, column in zip(starts, columns, strict=True))
+def _open_parquet(objects: CommittedObjects, path: str, footer: Any = None) -> BoundedParquet:
+    return BoundedParquet(lambda: VerifiedFile(objects, path), objects.size(path), footer)
 
 
 def _without_tokens(names: Sequence[str]) -> list[str]:
@@ -354,11 +348,10 @@ def _places_of(table: pa.Table) -> Places:
     return tuple(table.column(name).to_numpy() for name in PLACE_COLUMNS)
 
 
-def _check_schema(table: pa.Table, where: str, names: Sequence[str] | None = None) -> None:
-    """The fixed columns among `names` (all but the tokens where there are none) are there and of their types."""
+def _check_schema(table: pa.Table, where: str, names: Sequence[str]) -> None:
+    """The fixed columns among `names` are there and of their types."""
     for f in SAMPLES_SCHEMA:
-        is_wanted = f.name in names if names else f.name not in TOKEN_COLUMNS
-        if is_wanted and (f.name not in table.column_names or table.schema.field(f.name).type != f.type):
+        if f.name in names and (f.name not in table.column_names or table.schema.field(f.name).type != f.type):
             raise CorruptionError(f"{where}: samples table without a column {f.name!r} of {f.type}")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.sample_index import SampleIndex
 from logitcache_storage.schema import ExcludedSample
 
 Tokens = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
@@ -37,16 +38,22 @@ def row_owners(
 class ShardLabels:
     """Labels of whole shards. Samples of equal key share rows, so a row may belong to many samples."""
 
-    def __init__(self, samples: pa.Table, read_tokens: Callable[[Sequence[int]], list[Tokens]]) -> None:
-        """`samples` has key, shard, first_row and num_targets; `read_tokens` takes its row numbers."""
-        self._read_tokens = read_tokens
-        self._keys = samples.column("key")
-        self._shard = samples.column("shard").to_numpy()
-        self._first_row = samples.column("first_row").to_numpy()
-        self._num_targets = samples.column("num_targets").to_numpy()
-        self._owners, self._owner_of = row_owners(self._shard, self._first_row)
-        self._owner_shard = self._shard[self._owners]
-        self._sharing = np.flatnonzero(self._owner_of != np.arange(len(self._owner_of)))
+    def __init__(
+        self,
+        index: SampleIndex,
+        keys: Callable[[], npt.NDArray[np.void]],
+        read_tokens: Callable[[Sequence[int]], list[Tokens]],
+    ) -> None:
+        """Of the samples of an index, and 8 bytes more for each.
+
+        Args:
+            index: where they stand and how long they are.
+            keys: gives the key of every one, [n]; asked where samples share rows, or are excluded, and not before.
+            read_tokens: takes their numbers.
+        """
+        self._index, self._read_keys, self._read_tokens = index, keys, read_tokens
+        self._order = np.argsort(index.shard, kind="stable")
+        self._edges = np.concatenate([[0], np.cumsum(np.bincount(index.shard))])
 
     def of(self, shard: int, num_rows: int, excluded: Sequence[ExcludedSample] = ()) -> npt.NDArray[np.int32]:
         """Labels of a shard's rows, [num_rows]; it lacks those of the `excluded` samples. See `by_sample`."""
@@ -61,13 +68,13 @@ class ShardLabels:
             CorruptionError: the samples of the shard do not cover its rows exactly once, or share rows
                 without being equal.
         """
-        self._check_sharing(shard)
-        start, stop = np.searchsorted(self._owner_shard, [shard, shard + 1])
-        owners = self._owners[start:stop]
-        ends = np.cumsum(self._num_targets[owners])
-        is_gapless = np.array_equal(self._first_row[owners], ends - self._num_targets[owners])
+        owners = self._owners(shard)
+        first_row, num_targets = (
+            column[owners].astype(np.int64) for column in (self._index.first_row, self._index.num_targets)
+        )
+        ends = np.cumsum(num_targets)
         num_planned = num_rows + sum(sample.num_rows for sample in excluded)
-        if not is_gapless or (ends[-1:] != num_planned).any():
+        if not np.array_equal(first_row, ends - num_targets) or (ends[-1:] != num_planned).any():
             raise CorruptionError(
                 f"shard {shard}: the samples table does not cover its {num_planned} rows exactly once"
             )
@@ -79,11 +86,28 @@ class ShardLabels:
             raise CorruptionError(f"shard {shard}: samples with {found} target tokens for {num_rows} rows")
         return labels
 
+    @cached_property
+    def _keys(self) -> npt.NDArray[np.void]:
+        return self._read_keys()
+
+    def _owners(self, shard: int) -> npt.NDArray[np.int64]:
+        """The first sample at each place of a shard, in order of rows; those that share one must be equal."""
+        start, stop = self._edges[np.minimum([shard, shard + 1], len(self._edges) - 1)]
+        inside = self._order[start:stop]
+        owners, owner_of = row_owners(self._index.shard[inside], self._index.first_row[inside])
+        sharing = np.flatnonzero(owner_of != np.arange(len(inside)))
+        if len(sharing):
+            ours, theirs = self._keys[inside[sharing]], self._keys[inside[owner_of[sharing]]]
+            if ours.tobytes() != theirs.tobytes():
+                raise CorruptionError(f"shard {shard}: samples of different keys stand at the same row")
+        return inside[owners]
+
     def _is_excluded(
         self, shard: int, owners: npt.NDArray[np.int64], excluded: Sequence[ExcludedSample]
     ) -> npt.NDArray[np.bool_]:
+        first_row, num_targets = self._index.first_row, self._index.num_targets
         planned = {
-            (int(self._first_row[owner]), int(self._num_targets[owner]), self._keys[owner].as_py().hex()): place
+            (int(first_row[owner]), int(num_targets[owner]), self._keys[owner].tobytes().hex()): place
             for place, owner in enumerate(owners.tolist() if excluded else [])
         }
         is_excluded = np.zeros(len(owners), dtype=bool)
@@ -95,8 +119,3 @@ class ShardLabels:
                 )
             is_excluded[place] = True
         return is_excluded
-
-    def _check_sharing(self, shard: int) -> None:
-        ours = self._sharing[self._shard[self._sharing] == shard]
-        if not self._keys.take(ours).equals(self._keys.take(self._owner_of[ours])):
-            raise CorruptionError(f"shard {shard}: samples of different keys stand at the same row")

@@ -100,7 +100,7 @@ def distributions(cache: Cache, shards: Sequence[int], *, quiet: bool = True) ->
     """
     num_rows = sum(cache.shards[shard].num_rows for shard in shards)
     stride = max(1, -(-num_rows // MAX_ROWS_IN_MEMORY))
-    labels = ShardLabels(cache.samples, cache.read_tokens)
+    labels = ShardLabels(cache.index, cache.keys, cache.read_tokens)
     names = ("entropy", "kept_mass", "label_log_prob") if cache.identity.k else ("label_log_prob",)
     columns: dict[str, list[npt.NDArray[np.float32]]] = {name: [] for name in names}
     rank_counts = np.zeros(cache.identity.k + 1, dtype=np.int64)

@@ -159,7 +159,11 @@ def extend_cache(store: ObjectStore, samples: Sequence[PlannedTokens], topks: Se
         if not commit_extension(store, 1 + len(plans.extensions), extension):
             return extend_cache(store, samples, topks)  # behind the one that was faster
     _commit_shards(store, identity, table, samples, topks, None, {})
-    write_manifest(store, load_commits(store))
+    planned = load_plan(store)
+    assert planned is not None
+    records = load_commits(store, len(planned.shard_num_rows))  # and not a manifest from before
+    if len(records) == len(planned.shard_num_rows):
+        write_manifest(store, records)
     return None
 
 

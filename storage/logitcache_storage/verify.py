@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from logitcache_storage import commit, plans
 from logitcache_storage.committed import CommittedObjects
@@ -24,7 +25,7 @@ from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.progress import Meter, progress
 from logitcache_storage.record_json import load_record
 from logitcache_storage.sample_index import PLACE_COLUMNS, index_bytes
-from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_parquet_object, read_vocabulary
+from logitcache_storage.samples import TOKEN_COLUMNS, SamplesTable, read_vocabulary
 from logitcache_storage.schema import (
     CacheIdentity,
     ExtensionRecord,
@@ -39,6 +40,7 @@ from logitcache_storage.statistics import row_statistics, sum_statistics
 from logitcache_storage.statistics_object import check_statistics, parse_statistics, summarise
 
 NUM_READERS = 4
+NUM_RECORD_READERS = 16  # records are small, and there may be 100,000
 STATISTICS_TOLERANCE = 1e-5
 """Allowed difference of a mean from the committed one: another machine may sum in another order."""
 
@@ -109,7 +111,7 @@ def verify_cache(
     check = _Check(store, deep)
     identity = check.identity()
     # In this order: beside a running build, what is read first is in what is read later.
-    manifest, shards = check.manifest(), check.commits()
+    manifest, shards = check.manifest(), check.commits(quiet)
     plan = check.plan()
     check.sizes(shards, plan)
     check.same(manifest, shards, plan)
@@ -163,10 +165,12 @@ class _Check:
             return plans.join_plans(found, where=self._store.url)
         return None
 
-    def commits(self) -> dict[int, ShardRecord]:
+    def commits(self, quiet: bool) -> dict[int, ShardRecord]:
         """All commit records that can be read."""
         numbers = sorted(commit.committed_shards(self._store))
-        return {record.shard: record for record in self._each(self._commit, numbers) if record is not None}
+        with progress("reading records", total=len(numbers), unit="records", quiet=quiet) as meter:
+            found = self._each(lambda shard: self._commit(shard, meter), numbers, NUM_RECORD_READERS)
+        return {record.shard: record for record in found if record is not None}
 
     def sizes(self, shards: Mapping[int, ShardRecord], plan: PlanRecord | None) -> None:
         """Every committed shard must be planned, with as many rows."""
@@ -225,15 +229,21 @@ class _Check:
         if is_vocabulary_good and identity is not None:
             with self._reporting(plan.vocabulary.path):
                 read_vocabulary(self._store, plan.vocabulary, identity.vocab_size)
+        table = SamplesTable(self._store, plan)
+        columns: pa.Schema | None = None
         for part in plan.parts:
             with self._reporting(part.object.path):
-                _check_part(self._store, part)
+                found = _check_part(table, part)
+                columns = columns or found
+                if not found.equals(columns):
+                    raise CorruptionError("has other columns than the parts before it")
             if part.index is not None:
                 with self._reporting(part.index.path):
-                    _check_index(self._store, part, part.index)
-        table = SamplesTable(self._store, plan)
+                    _check_index(self._store, table, part, part.index)
+        if any(self._is_damaged(part.object.path) for part in plan.parts):
+            return None
         with self._reporting("samples"):
-            return ShardLabels(table.index(), lambda samples: [table.tokens(i) for i in samples])
+            return ShardLabels(table.places(), table.keys, lambda samples: [table.tokens(i) for i in samples])
         return None
 
     def shards(
@@ -266,7 +276,8 @@ class _Check:
             return record
         return None
 
-    def _commit(self, shard: int) -> ShardRecord | None:
+    def _commit(self, shard: int, meter: Meter) -> ShardRecord | None:
+        meter.advance()
         with self._reporting(commit.commit_path(shard), shard):
             record = commit.load_commit(self._store, shard)
             self._count()
@@ -317,9 +328,11 @@ class _Check:
             return labels.by_sample(record.shard, record.num_rows, record.excluded or ())
         return None
 
-    def _each(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    def _each(
+        self, function: Callable[[_Item], _Result], items: Iterable[_Item], num_readers: int = NUM_READERS
+    ) -> list[_Result]:
         """The function of each item, several at a time: a remote store answers slowly, but many at once."""
-        pool = ThreadPoolExecutor(NUM_READERS)
+        pool = ThreadPoolExecutor(num_readers)
         try:
             return list(pool.map(function, items))
         finally:
@@ -350,27 +363,24 @@ class _Check:
             self.num_bytes += num_bytes
 
 
-def _check_part(store: ObjectStore, part: PlanPart) -> None:
+def _check_part(table: SamplesTable, part: PlanPart) -> pa.Schema:
     """Every sample has the key of its tokens, and the numbers of tokens and targets that it says."""
-    file = read_parquet_object(store, part.object)
-    names = ["key", "num_tokens", "num_targets", *TOKEN_COLUMNS]
-    sample = part.first_sample
-    for group in range(file.num_row_groups):
-        rows = zip(*(file.read_row_group(group, columns=[name]).column(0) for name in names), strict=True)
-        for key, num_tokens, num_targets, input_ids, flat_ranges in rows:
+    schema = pa.schema([])
+    for first_sample, group in table.scan_part(part):
+        schema = group.schema
+        rows = zip(*(group.column(name) for name in ("key", "num_tokens", "num_targets", *TOKEN_COLUMNS)), strict=True)
+        for sample, (key, num_tokens, num_targets, input_ids, flat_ranges) in enumerate(rows, first_sample):
             ids = input_ids.values.to_numpy()
             ranges = flat_ranges.values.to_numpy().reshape(-1, 2)
             if sample_key(ids, ranges) != key.as_py().hex():
                 raise CorruptionError(f"sample {sample}: its key is not the hash of its tokens")
             _check_ranges(sample, ids, ranges, num_tokens.as_py(), num_targets.as_py())
-            sample += 1
-    if sample != part.first_sample + part.num_samples:
-        raise CorruptionError(f"{sample - part.first_sample} samples, the plan says {part.num_samples}")
+    return schema
 
 
-def _check_index(store: ObjectStore, part: PlanPart, index: ObjectRecord) -> None:
+def _check_index(store: ObjectStore, table: SamplesTable, part: PlanPart, index: ObjectRecord) -> None:
     """Readers look at the index instead of the columns that it repeats."""
-    columns = read_parquet_object(store, part.object).read([*PLACE_COLUMNS, "key"])
+    columns = pa.concat_tables([group for _, group in table.scan_part(part, [*PLACE_COLUMNS, "key"])])
     if CommittedObjects(store, [index]).get(index.path) != index_bytes(columns):
         raise CorruptionError(f"differs from {part.object.path}, whose columns it repeats")
 

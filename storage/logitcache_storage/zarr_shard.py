@@ -72,14 +72,14 @@ class ZarrShard:
         num_rows: int,
         rows: slice,
     ) -> Columns:
-        """The index of each array, and the span of its chunks that hold the rows."""
+        """The index of each array, and the span of its chunks that hold the rows; of a whole shard all side by side."""
+        paths = {name: f"{prefix}/{name}/c/0{'/0' * len(dtype.shape)}" for name, dtype in types.items()}
         for path in (f"{prefix}/zarr.json", *(f"{prefix}/{name}/zarr.json" for name in types)):
             if path not in objects:
                 raise CorruptionError(f"{path}: the commit lists no such object, which other readers of Zarr need")
-        return {
-            name: _read_array(objects, f"{prefix}/{name}/c/0{'/0' * len(dtype.shape)}", dtype, num_rows, rows)
-            for name, dtype in types.items()
-        }
+        if num_rows and (rows.start, rows.stop) == (0, num_rows):  # of no rows there are no chunks
+            objects.fetch_all(paths.values())
+        return {name: _read_array(objects, paths[name], dtype, num_rows, rows) for name, dtype in types.items()}
 
 
 def _read_array(

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from logitcache_storage.encoding import encode
 from logitcache_storage.errors import CorruptionError
 from logitcache_storage.objects import open_store
 from logitcache_storage.schema import ShardRecord
-from logitcache_storage.testing import make_identity, make_topk
+from logitcache_storage.testing import FlakyStore, make_identity, make_topk
 
 IDENTITY = make_identity(container="arrow", k=3, vocab_size=100_000)
 TOPK = make_topk(BATCH_ROWS + 2, 3, 40)
@@ -108,8 +109,30 @@ def test_lengths_that_lie() -> None:
         data = good[:place] + length.to_bytes(8, "little") + good[place + 8 :]
         item = put_object(store, PATH, data)
         record = ShardRecord(0, "0123456789abcdef", len(TOPK), item.size, (item,), {}, 0.0, "", "")
-        with pytest.raises(CorruptionError, match="not the arrow shard it should be"):
+        with pytest.raises(CorruptionError, match=r"not the arrow shard it should be|batch 0 unpacks to"):
             read_rows(store, IDENTITY, record, slice(0, len(TOPK)))
+
+
+def test_some_rows_take_two_requests() -> None:
+    """The end, which says where batches stand, and the batches: a remote store takes its time for each."""
+
+    class Watched(FlakyStore):
+        asked: ClassVar[list[tuple[int, int]]] = []
+
+        def get_range(self, path: str, start: int, stop: int) -> bytes:
+            self.asked.append((start, stop))
+            return self._store.get_range(path, start, stop)
+
+    store = Watched(open_store("memory://arrow-requests"), set())
+    rng = np.random.default_rng(0)
+    columns = {"ids": rng.integers(1 << 16, size=(5 * BATCH_ROWS, 20), dtype=np.uint16)}
+    types = {"ids": np.dtype((np.uint16, (20,)))}
+    item = put_object(store, PATH, ArrowShard().write(columns, {})[".arrow"])
+    objects = CommittedObjects(store, [item])
+    rows = slice(2 * BATCH_ROWS - 3, 2 * BATCH_ROWS + 3)
+    found = ArrowShard().read(objects, PATH.removesuffix(".arrow"), types, 5 * BATCH_ROWS, rows)
+    assert np.array_equal(found["ids"], columns["ids"][rows])
+    assert len(store.asked) == 2 and sum(stop - start for start, stop in store.asked) < 0.9 * item.size
 
 
 def test_a_verified_file_is_a_file() -> None:

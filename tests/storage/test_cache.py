@@ -277,7 +277,8 @@ def test_a_disk_cache_reads_each_object_once_for_all(tmp_path, cache: Cache) -> 
     assert not second.paths
     samples = cache.plan.parts[0].object.path
     assert first.paths.pop(samples) <= 2  # its footer, and its one row group
-    assert first.paths == {item.path: 1 for record in cache.shards.values() for item in record.row_objects}
+    paths = [item.path for record in cache.shards.values() for item in record.row_objects]
+    assert first.paths == {path: 1 for path in paths if not path.endswith("/zarr.json")}
 
 
 def test_two_caches_share_a_folder(tmp_path) -> None:

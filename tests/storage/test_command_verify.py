@@ -86,6 +86,12 @@ def test_what_is_said_of_the_teacher_goes_with_rescore(url, capsys, option):
     assert f"{option[0]} goes with --rescore N" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_a_number_of_samples_that_is_none(url, capsys, number):
+    assert main(["verify", url, "--rescore", number]) == 2
+    assert f"--rescore: expected a number of samples, 1 or more, found {number}" in capsys.readouterr().err
+
+
 def test_json(url, tmp_path, capsys):
     broken = load_commit(open_store(url), 1).objects[0].path
     (tmp_path / broken).unlink()

@@ -300,6 +300,32 @@ def test_an_extended_cache_is_followed(tmp_path: Path) -> None:
         copy_cache(other, target)
 
 
+def test_an_extension_that_is_made_meanwhile_is_left_to_the_next_copy() -> None:
+    """Its samples are not among those that were copied, so its plan must not be, either."""
+
+    class Growing:
+        """Is extended as soon as its plans were read."""
+
+        def __init__(self, store: ObjectStore) -> None:
+            self.store, self.url = store, store.url
+
+        def __getattr__(self, name):
+            return getattr(self.store, name)
+
+        def get_many(self, paths: list[str]) -> list[bytes]:
+            found = self.store.get_many(paths)
+            if paths == ["plans/00000.json"]:
+                extend(self.store)
+            return found
+
+    source, target = new_store(), new_store()
+    write(source)
+    copy_cache(Growing(source), target)
+    assert len(Cache.open(target.url)) == 20 and verify_cache(target, deep=True).is_intact
+    copy_cache(source, target)
+    assert contents(target) == contents(source)
+
+
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if (path / IDENTITY_PATH).is_file()))
 def test_caches_of_early_writers(name: str, tmp_path: Path) -> None:
     """Without an index of samples, with the manifest of their day."""

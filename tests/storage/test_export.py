@@ -45,12 +45,14 @@ def exported(cache: Cache, layout: str) -> list[dict]:
 @pytest.mark.parametrize("kept_mass", [1.0, 0.6])
 def test_parquet_holds_everything(kept_mass: float) -> None:
     columns = {"weight": [i / 7 for i in range(20)], "labels": [["x"] * (i % 3) for i in range(20)]}
+    columns["corpus_labels"] = list(range(20))
     cache = make_cache(kept_mass, columns=columns)
     rows = exported(cache, "parquet")
     assert len(rows) == 20
     for i, (row, sample) in enumerate(zip(rows, cache, strict=True)):
         assert (row["key"], row["source_id"], row["weight"]) == (sample.key, f"test:{i + 1}", i / 7)
         assert row["corpus_labels"] == ["x"] * (i % 3), "the corpus's own column of a name that is taken"
+        assert row["corpus_corpus_labels"] == i, "and of one that is taken by it"
         assert row["input_ids"] == sample.input_ids.tolist()
         targets = dict(zip(row["target_positions"], sample.labels.tolist(), strict=True))
         assert row["labels"] == [targets.get(p, -100) for p in range(len(row["input_ids"]))]

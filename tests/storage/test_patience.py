@@ -28,7 +28,7 @@ def failing_store(error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: s
 @pytest.mark.parametrize(
     "error",
     [TimeoutError("no answer"), ConnectionResetError("by peer"), OSError("Could not connect to the endpoint URL")]
-    + [http_error(status) for status in (408, 429, 500, 502, 503, 504)],
+    + [http_error(status) for status in (408, 409, 429, 500, 502, 503, 504)],
     ids=repr,
 )
 def test_what_may_pass_is_said_to_be_unavailable(error, monkeypatch, tmp_path):
@@ -39,7 +39,7 @@ def test_what_may_pass_is_said_to_be_unavailable(error, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "error",
     [PermissionError("no"), OSError(28, "No space left on device"), OSError("Unable to locate credentials")]
-    + [http_error(status) for status in (400, 401, 403, 404, 412)],
+    + [http_error(status) for status in (400, 401, 403, 404, 412, 501)],
     ids=repr,
 )
 def test_what_will_not_pass_is_not(error, monkeypatch, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import http.client
+import itertools
 import os
 import pickle
 import re
@@ -18,9 +20,9 @@ import pytest
 
 from logitcache_storage import commit
 from logitcache_storage.cache import Cache
-from logitcache_storage.errors import StoreError
+from logitcache_storage.errors import StoreError, StoreUnavailableError
 from logitcache_storage.garbage import find_garbage
-from logitcache_storage.objects import ANSWER_SECONDS, CONNECT_SECONDS, FsspecStore, open_store
+from logitcache_storage.objects import ANSWER_SECONDS, CONNECT_SECONDS, S3_TRIES, FsspecStore, open_store
 from logitcache_storage.samples import target_positions
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 from logitcache_storage.topk import TopKLogProbs
@@ -56,6 +58,50 @@ def answering(status: int, code: str) -> Iterator[int]:
     thread.start()
     try:
         yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def stumbling(port: int) -> Iterator[tuple[int, list[str]]]:
+    """A server in front of another that answers every second request with 500; yields its port and those requests."""
+    failed: list[str] = []
+    turns = itertools.cycle([True, False])
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if next(turns):
+                failed.append(f"{self.command} {self.path}")
+                status, headers, data = 500, [], b"<Error><Code>InternalError</Code></Error>"
+            else:
+                behind = http.client.HTTPConnection("127.0.0.1", port)
+                behind.request(self.command, self.path, body, dict(self.headers))
+                answer = behind.getresponse()
+                status, headers, data = answer.status, answer.getheaders(), answer.read()
+                behind.close()
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("content-length", "transfer-encoding", "connection", "server", "date"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_GET = do_PUT = do_DELETE = answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port, failed
     finally:
         server.shutdown()
         thread.join()
@@ -134,6 +180,31 @@ def test_what_s3_refuses(code: str) -> None:
             assert SECRET not in str(e.value) and "\n" not in str(e.value)
 
 
+def test_a_server_that_stumbles_is_asked_again(s3_server) -> None:
+    """By the client itself, after a pause that grows: a reader need not be told of one answer of 500.
+
+    No read takes more than one request that goes well: a question for the size (HEAD) would not be answered.
+    """
+    with stumbling(s3_server.port) as (port, failed):
+        endpoint = {**s3_server.storage_options["client_kwargs"], "endpoint_url": f"http://127.0.0.1:{port}"}
+        store = open_store(s3_server.new_url(), {**s3_server.storage_options, "client_kwargs": endpoint})
+        store.create("a/x", b"0123456789")
+        assert store.get_range("a/x", 2, 5) == b"234"
+        assert store.get_many(["a/x"]) == [b"0123456789"]
+        assert store.list("a") == ["a/x"]
+    assert [request.split()[0] for request in failed] == ["PUT", "GET", "GET", "GET"]
+
+
+def test_a_store_without_create_only_writes_is_told_so() -> None:
+    pytest.importorskip("s3fs")
+    with answering(501, "NotImplemented") as port:
+        endpoint = {"endpoint_url": f"http://127.0.0.1:{port}", "region_name": "us-west-2"}
+        store = open_store("s3://bucket/cache", {"key": "k", "secret": SECRET, "client_kwargs": endpoint})
+        with pytest.raises(StoreError, match=r"x\.json: .*needs a store with create-only writes") as e:
+            store.create("x.json", b"{}")
+    assert not isinstance(e.value, StoreUnavailableError), "nobody is to wait for it"
+
+
 def test_no_credentials(s3_server) -> None:
     """In a process without any: those of a machine or a user are found in many places."""
     options = {"client_kwargs": s3_server.storage_options["client_kwargs"]}
@@ -172,13 +243,15 @@ def test_no_wait_is_for_ever(s3_server, azure_server, gcs_server, monkeypatch: p
     s3 = open_store(s3_server.new_url(), s3_server.storage_options)._fs
     retries = {"mode": "standard", "total_max_attempts": 5}
     assert s3._prepare_config_kwargs() == {"retries": retries, "connect_timeout": 5, "read_timeout": 10}
+    assert (s3.retries, s3.max_concurrency) == (S3_TRIES, 1)
     azure = open_store(azure_server.new_url(), azure_server.storage_options)._fs
     assert azure._timeout_kwargs == {"connection_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
     gcs = open_store(gcs_server.new_url(), gcs_server.storage_options)._fs.requests_timeout
     assert (gcs.sock_connect, gcs.sock_read, gcs.total) == (CONNECT_SECONDS, ANSWER_SECONDS, None)
 
     own = {**s3_server.storage_options, "config_kwargs": {"read_timeout": 77, "retries": {"max_attempts": 1}}}
-    s3 = open_store(s3_server.new_url(), own)._fs
+    s3 = open_store(s3_server.new_url(), {**own, "max_concurrency": 5})._fs
+    assert s3.max_concurrency == 5
     assert s3._prepare_config_kwargs() == {"retries": {"max_attempts": 1}, "connect_timeout": 5, "read_timeout": 77}
     azure = open_store(azure_server.new_url(), {**azure_server.storage_options, "read_timeout": 77})._fs
     assert azure._timeout_kwargs == {"connection_timeout": CONNECT_SECONDS, "read_timeout": 77}

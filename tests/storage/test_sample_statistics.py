@@ -75,7 +75,7 @@ def check_against_samples(cache: Cache, table: SampleTable) -> None:
         rows = row_statistics(sample.topk, sample.labels)
         facts = table.facts(index)
         is_missed = rows.label_rank == 0
-        doubts = np.where(is_missed, np.exp(sample.topk.log_probs[:, 0].astype(np.float64)), 0)
+        doubts = np.where(is_missed, np.exp(sample.topk.log_probs[:, :1].astype(np.float64)).sum(1), 0)
         expected = {
             "num_tokens": len(sample.input_ids),
             "num_targets": len(sample.labels),

@@ -16,9 +16,16 @@ from logitcache_storage.committed import object_record
 from logitcache_storage.errors import CorruptionError
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.plans import commit_plan, write_parquet, write_samples
-from logitcache_storage.samples import ROWS_PER_GROUP, SAMPLES_SCHEMA, SamplesTable, target_positions
-from logitcache_storage.schema import PlanPart, PlanRecord
+from logitcache_storage.samples import (
+    ROWS_PER_GROUP,
+    SAMPLES_SCHEMA,
+    SamplesTable,
+    read_vocabulary,
+    target_positions,
+)
+from logitcache_storage.schema import BLOCK_BYTES, PlanPart, PlanRecord
 from logitcache_storage.testing import FlakyStore
+from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
 
 
 def tokens_of(sample: int) -> np.ndarray:
@@ -189,17 +196,42 @@ def test_a_plan_of_more_samples_than_there_are_bytes_takes_no_memory() -> None:
             SamplesTable(store, dataclasses.replace(plan, num_samples=n, parts=(part,))).places()
 
 
+class Watched(FlakyStore):
+    """Counts what is asked of it."""
+
+    def __init__(self, inner: ObjectStore) -> None:
+        super().__init__(inner, set())
+        self.ranges: list[tuple[int, int]] = []
+        self.num_whole = 0
+
+    def get_range(self, path: str, start: int, stop: int) -> bytes:
+        self.ranges.append((start, stop))
+        return self._store.get_range(path, start, stop)
+
+    def get(self, path: str) -> bytes:
+        self.num_whole += 1
+        return self._store.get(path)
+
+    def get_many(self, paths: list[str]) -> list[bytes]:
+        self.num_whole += len(paths)
+        return self._store.get_many(paths)
+
+
+def test_the_vocabulary_is_read_in_one_request() -> None:
+    """It has a row group for every 1,024 words; a remote store takes its time for each request."""
+    rng = np.random.default_rng(0)
+    words = [rng.bytes(20).hex() for _ in range(20_000)]
+    texts, special = [word.encode() for word in words], [False] * len(words)
+    store = Watched(open_store(f"memory://{uuid.uuid4().hex}"))
+    table = pa.table({"token": words, "text": texts, "special": special}, schema=VOCABULARY_SCHEMA)
+    record = write_parquet(store, "vocabulary/x", table)
+    assert record.size > 2 * BLOCK_BYTES
+    assert read_vocabulary(store, record, len(words)).equals(table)
+    assert (store.num_whole, store.ranges) == (1, [])
+
+
 def test_a_group_is_read_in_one_request() -> None:
     """A remote store takes its time for each; the footer is read once for all groups of a part."""
-
-    class Watched(FlakyStore):
-        def __init__(self, inner: ObjectStore) -> None:
-            super().__init__(inner, set())
-            self.ranges: list[tuple[int, int]] = []
-
-        def get_range(self, path: str, start: int, stop: int) -> bytes:
-            self.ranges.append((start, stop))
-            return self._store.get_range(path, start, stop)
 
     rng = np.random.default_rng(0)
     table = table_of(range(3000))

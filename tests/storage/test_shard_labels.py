@@ -1,11 +1,11 @@
 """Labels of whole shards, with samples out of order and samples that share rows."""
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import CorruptionError
+from logitcache_storage.sample_index import SampleIndex
 from logitcache_storage.shard_labels import ShardLabels
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 
@@ -16,23 +16,21 @@ def labels_of(rows):
     """`rows`: (key, shard, first_row); every token but the first is a target."""
     keys = [key * 16 for key, _, _ in rows]
     ids = [np.array(TOKENS[key], np.int32) for key in keys]
-    table = pa.table(
-        {
-            "key": pa.array(keys, pa.binary(16)),
-            "shard": pa.array([shard for _, shard, _ in rows], pa.int32()),
-            "first_row": pa.array([first for _, _, first in rows], pa.int32()),
-            "num_targets": pa.array([len(i) - 1 for i in ids], pa.int32()),
-        }
+    shard, first_row = (np.array([row[column] for row in rows], np.uint16) for column in (1, 2))
+    lengths = np.array([len(i) for i in ids], np.uint16)
+    return ShardLabels(
+        SampleIndex(shard, first_row, lengths, lengths - 1),
+        lambda: np.frombuffer(b"".join(keys), "V16"),
+        lambda samples: [(ids[i], np.arange(1, len(ids[i]), dtype=np.int32)) for i in samples],
     )
-    return ShardLabels(table, lambda samples: [(ids[i], np.arange(1, len(ids[i]), dtype=np.int32)) for i in samples])
 
 
 def test_agrees_with_reading_sample_by_sample(tmp_path):
     samples, topks = make_samples(23, 5, 40)
     write_cache(str(tmp_path), samples, topks, identity=make_identity(k=5, vocab_size=40, shard_rows=31))
     cache = Cache.open(str(tmp_path))
-    labels = ShardLabels(cache.samples, cache.read_tokens)
-    shards = cache.samples.column("shard").to_pylist()
+    labels = ShardLabels(cache.index, cache.keys, cache.read_tokens)
+    shards = cache.index.shard.tolist()
     for shard, record in cache.shards.items():
         expected = np.concatenate([cache[i].labels for i in range(len(cache)) if shards[i] == shard])
         np.testing.assert_array_equal(labels.of(shard, record.num_rows), expected)

@@ -21,8 +21,9 @@ import pytest
 import zarr
 
 from logitcache_storage import Cache
+from logitcache_storage.objects import open_store
 from logitcache_storage.schema import CONTAINERS, ID_LAYOUTS, PRECISIONS
-from logitcache_storage.testing import make_identity, make_samples, write_cache
+from logitcache_storage.testing import extend_cache, make_identity, make_samples, write_cache
 from logitcache_storage.topk import TopKLogProbs
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -35,7 +36,7 @@ class SpecReader:
         self.folder = folder
         self.identity = self.record("cache.json")
         assert self.identity["format_version"] == 1
-        self.plan = self.record("plans/00000.json")
+        self.plan = self.plans()
         commits = self.manifest()
         if commits is None:
             commits = [self.record(p.relative_to(folder).as_posix()) for p in (folder / "commits").glob("*.json")]
@@ -54,10 +55,23 @@ class SpecReader:
         assert crc32c(data[:12] + b"00000000" + data[20:]) == int(data[12:20], 16)
         return json.loads(data)
 
+    def plans(self) -> dict[str, Any]:
+        """Section 2, all plans as one."""
+        whole = self.record("plans/00000.json")
+        for number in range(1, len(list((self.folder / "plans").glob("*.json")))):
+            extension = self.record(f"plans/{number:05d}.json")
+            assert extension["first_shard"] == len(whole["shard_num_rows"])
+            plan = extension["plan"]
+            for part in plan["parts"]:
+                part["first_sample"] += whole["num_samples"]
+            for name in ("num_samples", "num_tokens", "num_rows", "shard_num_rows", "parts"):
+                whole[name] += plan[name]
+        return whole
+
     def manifest(self) -> list[dict[str, Any]] | None:
         """Section 2, the manifest."""
         about = self.record("manifest.json") if (self.folder / "manifest.json").exists() else {}
-        if "table" not in about:
+        if "table" not in about or about["num_shards"] < len(self.plan["shard_num_rows"]):
             return None
         rows = pq.read_table(self.checked(about["table"])).to_pylist()
         assert [row["shard"] for row in rows] == list(range(about["num_shards"]))
@@ -333,6 +347,21 @@ def test_without_some_samples(tmp_path: Path, container: str, num_shards: int | 
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
+def test_more_data_behind_what_is_there(tmp_path: Path, container: str) -> None:
+    samples, topks = make_samples(14, k=5, vocab_size=50, seed=3)
+    write_cache(str(tmp_path), samples, topks, identity=make_identity(container=container, k=5, shard_rows=40))
+    manifest = {path: path.read_bytes() for path in tmp_path.glob("manifest.*")}
+    for more in (make_samples(3, k=5, vocab_size=50, seed=seed) for seed in (4, 5)):
+        extend_cache(open_store(str(tmp_path)), *more)
+        topks += more[1]
+    num_rows = sum(map(len, topks))
+    assert compare(tmp_path) == num_rows
+    for path, data in manifest.items():
+        path.write_bytes(data)  # of fewer shards than are planned
+    assert compare(tmp_path) == num_rows
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
 def test_without_ids(tmp_path: Path, container: str) -> None:
     samples, topks = make_samples(60, k=5, vocab_size=50, seed=3, max_targets=250)
     rows = [TopKLogProbs.of_labels(topk.label_log_prob) for topk in topks]
@@ -356,7 +385,7 @@ def test_golden_caches_stay_readable(name: str) -> None:
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
     cache = Cache.open(str(GOLDEN / name))
     assert compare(GOLDEN / name) == len(expected["ids"])
-    found = cache.read_shard(0)
+    found = TopKLogProbs.concatenate([cache.read_shard(shard) for shard in sorted(cache.shards)])
     assert found.ids.tolist() == expected["ids"]
     np.testing.assert_allclose(np.exp(found.log_probs), expected["probs"], atol=1e-6)
     assert cache.identity.precision in name and cache.identity.container in name
@@ -368,3 +397,4 @@ def test_there_are_golden_caches_of_every_encoding() -> None:
     assert all(any(precision in name for name in names) for precision in PRECISIONS)
     assert all(any(container in name for name in names) for container in CONTAINERS)
     assert all(any(layout in name for name in names) for layout in ID_LAYOUTS if layout != "plain")
+    assert {name.split("-")[-1] for name in names} >= {"excluded", "extended", "labels", "statistics"}

@@ -112,6 +112,13 @@ def test_only_the_chosen_shards_are_read(cache):
     assert nothing.num_rows == 0 and nothing.quantiles == {}
 
 
+def test_the_samples_table_is_not_read_as_a_whole(cache):
+    """Of a hundred million samples it would not fit."""
+    other = Cache.open(cache.store.url)
+    assert distributions(other, sorted(other.shards)) == distributions(cache, sorted(cache.shards))
+    assert "samples" not in vars(other)
+
+
 def test_more_rows_than_fit_are_thinned_for_quantiles_and_counted_for_ranks(cache, rows, monkeypatch):
     monkeypatch.setattr(stats, "MAX_ROWS_IN_MEMORY", len(rows) // 3)
     found = distributions(cache, sorted(cache.shards))

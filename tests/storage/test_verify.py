@@ -17,6 +17,7 @@ from logitcache_storage.commit import (
     load_commit,
     load_identity,
     load_manifest,
+    new_attempt,
     quarantine_path,
     quarantine_shard,
     write_manifest,
@@ -25,7 +26,7 @@ from logitcache_storage.committed import object_record
 from logitcache_storage.encoding import encode
 from logitcache_storage.errors import CacheNotFoundError, MismatchError, StoreError
 from logitcache_storage.objects import open_store
-from logitcache_storage.plans import load_plan
+from logitcache_storage.plans import load_plan, write_samples
 from logitcache_storage.record_json import dump_record
 from logitcache_storage.shard_format import shard_format
 from logitcache_storage.testing import make_identity, make_samples, write_cache
@@ -250,6 +251,24 @@ def test_samples_whose_key_is_not_theirs(tmp_path):
     assert found.problem == "sample 2: its key is not the hash of its tokens"
     assert (index.path, index.shard) == (part.index.path, None)
     assert index.problem == f"differs from {part.object.path}, whose columns it repeats"
+
+
+def test_parts_whose_columns_differ(tmp_path):
+    """What inner fields of a list are called is no difference: Parquet calls them as it likes."""
+    url, store = str(tmp_path), open_store(str(tmp_path))
+    write(url)
+    plan = load_plan(store)
+    table = pq.read_table(tmp_path / plan.parts[0].object.path)
+    for extra, differs in ((pa.list_(pa.field("item", pa.string())), False), (pa.string(), True)):
+        tables = [
+            table.slice(0, 12).append_column("x", pa.array([None] * 12, pa.list_(pa.field("element", pa.string())))),
+            table.slice(12).append_column("x", pa.array([None] * 8, extra)),
+        ]
+        parts = write_samples(store, new_attempt(), tables)
+        store.put("plans/00000.json", dump_record(dataclasses.replace(plan, parts=parts)))
+        found = [(item.path, item.problem) for item in verify_cache(url, deep=True).damage]
+        problem = "has other columns than the parts before it"
+        assert found == ([(parts[1].object.path, problem)] if differs else [])
 
 
 def test_a_damaged_quarantine_record_is_named_and_hides_no_other(tmp_path):

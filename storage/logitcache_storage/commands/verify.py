@@ -60,8 +60,10 @@ def run(args: Namespace) -> int:
     for name in ("teacher", "engine_options"):
         if getattr(args, name) is not None and args.rescore is None:
             raise InputError(f"--{name.replace('_', '-')} goes with --rescore N")
+    if args.rescore is not None and args.rescore < 1:
+        raise InputError(f"--rescore: expected a number of samples, 1 or more, found {args.rescore}")
     store = open_store(args.url, args.storage_options)
-    restored = restore_commits(store) if args.repair else ()
+    restored = restore_commits(store, quiet=False) if args.repair else ()
     report = verify_cache(store, deep=args.deep, quiet=False)
     repaired = repair_cache(store, report, restored=restored) if args.repair else None
     is_good = repaired.is_whole if repaired else report.is_intact
