@@ -5,17 +5,27 @@ from __future__ import annotations
 import csv
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
 
 from logitcache_storage.cache import Cache
+from logitcache_storage.inspect.search import SampleSearch
 from logitcache_storage.terminal import format_probability
 from logitcache_storage.testing import make_identity, make_topk, write_cache
 from logitcache_storage.visible import visible
 
 expect = pytest.importorskip("playwright.sync_api", reason="pip install 'logitcache[dev]'").expect
+uvicorn = pytest.importorskip("uvicorn", reason="pip install 'logitcache[web]'")
+
+from logitcache_storage.web.app import create_app  # noqa: E402
+from logitcache_storage.web.guard import Access  # noqa: E402
+from logitcache_storage.web.server import bind  # noqa: E402
+from logitcache_storage.web.site import Site  # noqa: E402
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
 WORDS = [" apples", " and", " pears", "\n", "\t", " ", " שלום", "日本語", "\u202eevil", "\x1b[31mred", "<b>", "</main>"]
@@ -107,6 +117,34 @@ def test_the_list_is_sorted_and_searched(address, cache, open_page):
     assert page.locator("mark").first.inner_text() == "</main>"
 
 
+def test_a_long_search_goes_on_by_itself_until_it_is_stopped(tmp_path, monkeypatch, open_page):
+    monkeypatch.setattr(SampleSearch, "search", partialmethod(SampleSearch.search, seconds=0))  # 1,024 samples a step
+    samples = [(np.array([0, i % VOCAB, i // VOCAB % VOCAB, 1], np.int32), np.array([[3, 4]])) for i in range(2100)]
+    topk = make_topk(1, K, VOCAB, labels=np.array([1], np.int32))
+    identity = make_identity(k=K, vocab_size=VOCAB, shard_rows=2100, container="arrow")
+    write_cache(str(tmp_path), samples, [topk] * len(samples), identity=identity, vocabulary=WORDS)
+    with bind("127.0.0.1", 0) as listener, ThreadPoolExecutor(1) as pool:
+        app = create_app(Site(Cache.open(str(tmp_path))), Access(None))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        running = pool.submit(server.run, sockets=[listener])
+        try:
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            page, steps = open_page(address), []
+            page.route("**/samples?*after=*", lambda step: steps.append(step))  # which waits for ever
+            page.goto(f"{address}/samples?q=nowhere")
+            page.get_by_role("button", name="Stop").click()
+            link = page.get_by_role("link", name="Go on searching")
+            expect(link).to_be_focused()
+            expect(page.locator("#found")).to_contain_text("1,024 of 2,100 samples")
+            assert len(steps) == 1
+            page.unroute("**/samples?*after=*")
+            link.press("Enter")
+            expect(page.locator("#found")).to_contain_text("Nothing found here. All has been searched.")
+        finally:
+            server.should_exit = True
+        running.result(30)
+
+
 def test_a_sample_is_walked_through_with_the_keyboard(address, cache, open_page):
     sample = cache[3]
     page = open_page(f"{address}/samples/3")
@@ -164,8 +202,16 @@ def test_links_to_a_position_and_between_caches(address, open_page):
     page.locator(".choices").get_by_role("link", name="entropy").click()
     page.wait_for_url("**shade=entropy**")
     assert row_of(page) == 2
-    page.get_by_role("link", name="sample 4").click()
+    page.get_by_role("link", name="sample 4").press("Enter")
     page.wait_for_url("**/samples/4?**")
+    expect(page.get_by_role("link", name="sample 5")).to_be_focused()  # one more Enter away
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**row=*")
+    page.locator("h1").click()
+    page.evaluate("addEventListener('keydown', (event) => (document.title = event.defaultPrevented))")
+    for keys, is_ours in (("ArrowLeft", "true"), ("Alt+ArrowLeft", "false")):  # which goes back in the history
+        page.keyboard.press(keys)
+        expect(page).to_have_title(is_ours)
 
 
 def test_the_doubtful_are_downloaded_as_csv(address, cache, open_page, tmp_path):

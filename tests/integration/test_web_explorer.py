@@ -119,11 +119,13 @@ def test_another_objective_and_another_position(address, caches, open_page):
     page = open_page(f"{address}/explorer?sample=1&row={ROW}&p_label=0.2")
     page.locator("select[name=objective]").select_option("kl_sft")
     expect(page).to_have_url(re.compile("objective=kl_sft"))
+    expect(page.locator("select[name=objective]")).to_be_focused()
     page.locator("#weight").fill("0.4")
     expect(page).to_have_url(re.compile(r"weight=0\.4"))
     check(page, caches, 1, "kl_sft", weight=0.4, p_label=0.2)
-    page.get_by_role("link", name="next").click()
+    page.get_by_role("link", name="next").press("Enter")
     expect(page).to_have_url(re.compile(f"row={ROW + 1}"))
+    expect(page.get_by_role("link", name="next")).to_be_focused()
     assert parse_qs(urlsplit(page.url).query)["weight"] == ["0.4"]
 
 

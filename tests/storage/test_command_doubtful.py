@@ -55,7 +55,9 @@ def test_files(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [int(row["sample"]) for row in rows] == [p.index for p in found.positions]
     lists = pq.read_table(weights).column("critical").to_pylist()
     assert sum(row.count(0) for row in lists) == len(rows) > 50
-    assert f"{len(rows)} target tokens with the weight 0" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{len(rows)} target tokens with the weight 0" in out
+    assert f"{table}: {len(rows)} positions in {found.num_samples} samples" in out
     assert {path.name for path in tmp_path.iterdir()} == {"doubts.csv", "weights.parquet"}
 
 

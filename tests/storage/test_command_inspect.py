@@ -15,6 +15,7 @@ import pytest
 
 from logitcache_storage.cache import Cache, Sample
 from logitcache_storage.cli import main
+from logitcache_storage.inspect import data
 from logitcache_storage.inspect.data import segments, token_data
 from logitcache_storage.inspect.draw import SHADES, bar, shade, token_text
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
@@ -73,12 +74,15 @@ def test_the_list_shows_each_sample_and_its_mean(url, capsys):
     assert json.loads(shown(capsys, url, "--json", "--rows", "1:2"))["samples"][0]["key"] == cache[1].key
 
 
-def test_a_long_list_says_how_to_go_on(tmp_path, capsys):
+def test_a_long_list_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     samples, topks = make_samples(30, 4, 50)
     write_cache(str(tmp_path), samples, topks, identity=make_identity(k=4, shard_rows=100))
     out = shown(capsys, str(tmp_path))
     assert "Samples 0 to 19 of 30; see others with --rows 20:30." in out
     assert "Samples 28 to 29 of 30" in shown(capsys, str(tmp_path), "--rows", "28:")
+    whole = shown(capsys, str(tmp_path), "--rows", "3:", "--json")
+    monkeypatch.setattr(data, "SAMPLES_AT_ONCE", 4)
+    assert shown(capsys, str(tmp_path), "--rows", "3:", "--json") == whole
 
 
 def test_json_holds_what_the_cache_holds(url, capsys):
@@ -229,6 +233,7 @@ def test_bars_and_shades():
     [
         (["--sample", "3"], "no sample '3' in .*; committed samples: 0 to 2; give one of these, or at least 6 hex"),
         (["--sample", "nonsense"], "no sample 'nonsense'"),
+        (["--sample", "9" * 5000], "no sample '999"),
         (["--sample", "abcdef012345"], "no sample has the key 'abcdef012345'"),
         (["--sample", "0", "--rows", "5:9"], "no row 5 in sample 0, which has 5 rows; give A:B with A from 0 to 4"),
         (["--rows", "7:9"], "no row 7 in .*which has 3 rows"),

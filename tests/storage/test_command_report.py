@@ -15,6 +15,7 @@ from logitcache_storage.cli import main
 from logitcache_storage.inspect.report import MAX_TARGETS
 from logitcache_storage.sample_statistics import load_statistics
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache
+from logitcache_storage.topk import TopKLogProbs
 
 VOCAB, K, LONG = 60, 6, 6
 HOSTILE = [
@@ -137,6 +138,28 @@ def test_a_damaged_shard_is_a_message_in_the_report(tmp_path):
     assert "crc32c" in page.text and "Target tokens" in page.text
 
 
+def test_of_labels_alone_nothing_is_made_up(tmp_path, capsys):
+    samples, topks = make_samples(20, K, VOCAB)
+    labels_alone = [TopKLogProbs.of_labels(topk.label_log_prob) for topk in topks]
+    identity = make_identity(k=0, vocab_size=VOCAB, role="reference")
+    write_cache(str(tmp_path / "cache"), samples, labels_alone, identity=identity, vocabulary=WORDS)
+    text = Elements(report(str(tmp_path / "cache"), tmp_path / "r.html")).text
+    assert "nats mean label log-prob" in text and "Not known: the cache keeps no ids" in text
+    assert "entropy" not in text and "kept mass" not in text and "Most uncertain" not in text
+    assert main(["doubtful", str(tmp_path / "cache")]) == 0
+    assert "keeps no ids (k = 0)" in capsys.readouterr().out
+
+
+def test_damaged_samples_are_a_message_in_the_report(tmp_path):
+    url = write(tmp_path / "cache")
+    whole = report(url, tmp_path / "r.html")
+    for path in Path(url).glob("samples/*.parquet"):
+        path.write_bytes(bytes(path.stat().st_size))
+    page = Elements(report(url, tmp_path / "r.html"))
+    assert "crc32c" in page.text and page.text.count("crc32c") < 10 and "test:" in whole
+    assert re.search(r"[\d.]+\s+nats mean label log-prob", page.text)
+
+
 def test_a_cache_on_s3(tmp_path, s3_server):
     url = s3_server.new_url()
     samples, topks = make_samples(20, K, VOCAB)
@@ -144,6 +167,12 @@ def test_a_cache_on_s3(tmp_path, s3_server):
     write_cache(url, samples, topks, identity=identity, vocabulary=WORDS, storage_options=s3_server.storage_options)
     page = report(url, tmp_path / "r.html", "--storage-options", json.dumps(s3_server.storage_options))
     assert url in page and str(s3_server.port) not in page
+
+
+def test_plots_that_cannot_be_written_are_refused_before_anything_is_read(tmp_path, capsys):
+    (tmp_path / "plots").write_text("a file")
+    assert main(["report", "/nowhere", "--output", str(tmp_path / "r.html"), "--plots", str(tmp_path / "plots")]) == 2
+    assert "plots is a file; give the name of a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from logitcache_storage.inspect.doubtful import (
     write_csv,
 )
 from logitcache_storage.objects import open_store
+from logitcache_storage.progress import progress
 from logitcache_storage.sample_statistics import SampleTable, load_statistics
 from logitcache_storage.statistics import row_statistics
 from logitcache_storage.testing import make_identity, make_samples, write_cache
@@ -89,11 +90,30 @@ def test_a_position_says_what_it_is(cache: Cache, table: SampleTable) -> None:
 
 
 def test_few_rows_are_read(cache: Cache, table: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[int] = []
-    one = Cache.__getitem__
-    monkeypatch.setattr(Cache, "__getitem__", lambda self, index: (read.append(index), one(self, index))[1])
+    reads = reads_of(monkeypatch)
     found = doubtful_positions(cache, table, min_probability=0.01, limit=5)
-    assert len(found.positions) == 5 and found.num_samples > 100 and len(read) <= 64
+    assert len(found.positions) == 5 and found.num_samples > 100 and sum(map(len, reads)) <= 64
+
+
+def test_where_all_are_wanted_neighbours_are_read_together(
+    cache: Cache, table: SampleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = reads_of(monkeypatch)
+    with progress("reading", quiet=True) as meter:
+        found = doubtful_positions(cache, table, min_probability=0.01, limit=None, meter=meter)
+    assert meter.completed == found.num_samples == sum(map(len, reads)) > 100
+    assert len(reads) == len(cache.shards) > 1
+    reads.clear()
+    write_columns(cache, table, str(tmp_path / "weights.parquet"), min_probability=0.01)
+    assert len(reads) == len(cache.shards)
+
+
+def reads_of(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Which samples are read together, from now on."""
+    reads: list[list[int]] = []
+    read = Cache.read
+    monkeypatch.setattr(Cache, "read", lambda self, indices: (reads.append(list(indices)), read(self, indices))[1])
+    return reads
 
 
 @pytest.mark.parametrize("min_probability", [0.0, -1.0, 1.1, math.nan])

@@ -1,6 +1,7 @@
 """Two caches side by side: bounded work at every request, right at the end, alive with damage."""
 
 import re
+import threading
 import time
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 testclient = pytest.importorskip("starlette.testclient", reason="pip install 'logitcache[web]'")
 
 from logitcache_storage.cache import Cache  # noqa: E402
-from logitcache_storage.compare import compare_caches  # noqa: E402
+from logitcache_storage.compare import Comparing, compare_caches  # noqa: E402
 from logitcache_storage.testing import make_identity, make_samples, make_topk, write_cache  # noqa: E402
 from logitcache_storage.web import comparison  # noqa: E402
 from logitcache_storage.web.app import create_app  # noqa: E402
@@ -78,6 +79,22 @@ def test_every_request_goes_a_bounded_way_further(folders, monkeypatch):
     assert time.monotonic() - start < 5  # and nothing is compared twice
 
 
+def test_no_request_waits_for_millions_of_samples_to_be_joined(folders, monkeypatch):
+    goes_on = threading.Event()
+    monkeypatch.setattr(comparison, "SECONDS_TO_JOIN", 0.01)
+    monkeypatch.setattr(comparison, "Comparing", lambda *args, **kw: goes_on.wait(30) and Comparing(*args, **kw))
+    client = client_of(*folders)
+    page = client.get("/comparison")
+    assert page.status_code == 200 and "comparison.js" in page.text
+    assert "Finding out which samples of the two belong together" in words(page.text)
+    assert not client.get("/comparison/further").json()["is_done"]
+    goes_on.set()
+    deadline = time.monotonic() + 30
+    while not client.get("/comparison/further").json()["is_done"]:
+        assert time.monotonic() < deadline
+    assert f"All {NUM_SAMPLES} samples" in words(client.get("/comparison").text)
+
+
 def test_damage_is_a_message_and_the_rest_is_compared(tmp_path, folders):
     damaged = write(tmp_path / "a")
     path = min((tmp_path / "a/shards").glob("*.arrow"))
@@ -87,7 +104,7 @@ def test_damage_is_a_message_and_the_rest_is_compared(tmp_path, folders):
         pass
     page = client.get("/comparison")
     assert page.status_code == 200 and path.name in page.text and "crc32c" in page.text
-    assert "Samples that moved most" in page.text
+    assert "Samples that moved most" in page.text and "the rest cannot be read" in page.text
 
 
 def test_one_cache_alone_has_no_such_page(folders):

@@ -111,6 +111,19 @@ def test_damage_of_the_second_cache_leaves_the_first(tmp_path, folders):
     assert page.status_code == 200 and "crc32c" in page.text and '<table class="outcomes wide">' in page.text
 
 
+def test_from_a_damaged_sample_one_gets_to_another(tmp_path):
+    folder = write(tmp_path / "a")
+    cache = Cache.open(folder)
+    for path in (tmp_path / "a/shards").glob("00000-*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    client = client_of(folder)
+    page = client.get("/explorer")
+    assert page.status_code == 200 and "crc32c" in page.text and 'name="sample"' in page.text
+    other = next(i for i in range(len(cache)) if cache.index.shard[i] == 1)
+    assert '<table class="outcomes wide">' in client.get(f"/explorer?sample={other}").text
+    assert client.get("/explorer/target").status_code == 500
+
+
 def test_a_cache_with_nothing_in_it_yet(tmp_path):
     page = client_of(write(tmp_path / "empty", commit_shards=0)).get("/explorer")
     assert page.status_code == 404 and "no committed sample yet" in page.text

@@ -41,7 +41,9 @@ def test_head_is_answered():
     assert client(Access(None)).head("/").status_code == 200
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:9000", "127.0.0.1", "LOCALHOST:8765", "[::1]:8765", "[::1]"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:9000", "127.0.0.1", "LOCALHOST:8765", "[::1]:8765", "[::1]", "127.0.0.2:8765"]
+)
 def test_this_machine_may_be_called_by_its_own_names(host):
     assert client(Access(None)).get("/", headers={"host": host}).text == "inside"
 

@@ -115,6 +115,9 @@ def test_a_cache_of_labels_alone(tmp_path):
         page = client.get("/samples/3?row=1").text
         assert f"<b>{topks[3].label_log_prob[1]:.3f}</b>" in page and "shade=kl" not in page
         assert ("shade=entropy" in page) == (folders[0] == "k")
+        assert ("entropy" in client.get("/samples").text) == (folders[0] == "k")
+        assert client.get("/").text.count("<svg") == (4 if folders[0] == "k" else 1)
+        assert ("does not know what the teacher was sure of" in client.get("/doubtful").text) == (folders[0] == "0")
         assert client.get("/samples/3?shade=kl").status_code == 400
 
 

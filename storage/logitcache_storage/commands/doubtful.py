@@ -93,13 +93,17 @@ def _probability(text: str) -> float:
 
 def _list(cache: Cache, table: SampleTable, args: Namespace) -> int:
     from logitcache_storage.inspect.doubtful import doubtful_positions
+    from logitcache_storage.progress import progress
     from logitcache_storage.terminal import print_json
 
     takes_all = args.csv is not None or args.json
     limit = POSITIONS_SHOWN if args.limit is None and not takes_all else args.limit
-    found = doubtful_positions(cache, table, min_probability=args.min_probability, limit=limit)
+    with progress("reading samples", unit="samples") as meter:
+        found = doubtful_positions(cache, table, min_probability=args.min_probability, limit=limit, meter=meter)
     if args.csv is not None:
         _write_csv(found, args.csv)
+        if not args.json:
+            print(f"{args.csv}: {len(found.positions):,} positions in {found.num_samples:,} samples")
     if args.json:
         print_json(_data(cache, found, args.min_probability))
     elif args.csv is None:
@@ -164,6 +168,8 @@ def _show(cache: Cache, found: DoubtfulPositions, min_probability: float) -> Non
 
     samples = f"{found.num_samples:,} of {len(cache):,} samples have a label that is not kept,"
     items: list[Any] = [printable(cache.store.url), samples, f"where another token has {min_probability:g} or more."]
+    if not cache.identity.k:
+        items.append("The cache keeps no ids (k = 0), so it does not know what the teacher was sure of.")
     if found.positions:
         items += ["", _table(found.positions), ""]
         if not found.is_complete:

@@ -39,7 +39,7 @@ def run(args: Namespace) -> int:
     from logitcache_storage.inspect.report import plots, report
     from logitcache_storage.terminal import format_bytes
 
-    _check_output(args.output)
+    _check_output(args.output, args.plots)
     cache = Cache.open(args.url, args.storage_options)
     table = _statistics(cache)
     document = report(cache, table).encode("utf-8", "backslashreplace")
@@ -69,7 +69,7 @@ def _statistics(cache: Cache) -> SampleTable:
         return load_statistics(cache, progress=note)
 
 
-def _check_output(path: Path) -> None:
+def _check_output(path: Path, plots: Path | None) -> None:
     """Refuse what cannot be written before anything is read."""
     from logitcache_storage.errors import InputError
 
@@ -77,6 +77,8 @@ def _check_output(path: Path) -> None:
         raise InputError(f"--output {path} is a folder; give the name of a file in it, e.g. {path / 'report.html'}")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--output {path}: there is no folder {path.absolute().parent}")
+    if plots is not None and plots.exists() and not plots.is_dir():
+        raise InputError(f"--plots {plots} is a file; give the name of a folder, which is made where there is none")
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -21,7 +21,9 @@ from logitcache_storage.statistics import row_statistics
 from logitcache_storage.visible import visible
 from logitcache_storage.vocabulary import Vocabulary
 
-MIN_KEY_DIGITS = 6
+MIN_KEY_DIGITS, KEY_DIGITS, MAX_INDEX_DIGITS = 6, 32, 18
+SAMPLES_AT_ONCE = 64
+"""Whose rows are in memory together where many are listed."""
 NUM_READERS = 8
 """Samples that are looked up side by side: they stand anywhere, and a remote store answers slowly."""
 
@@ -34,14 +36,14 @@ def find_sample(cache: Cache, which: str) -> int:
     Raises:
         InputError: there is no such sample.
     """
-    is_index = which.removeprefix("-").isdecimal()
+    is_index = which.removeprefix("-").isdecimal() and len(which) <= MAX_INDEX_DIGITS
     if is_index and -len(cache) <= int(which) < len(cache):
         return int(which) % len(cache)
-    if len(which) >= MIN_KEY_DIGITS and all(c in "0123456789abcdefABCDEF" for c in which):
+    if MIN_KEY_DIGITS <= len(which) <= KEY_DIGITS and all(c in "0123456789abcdefABCDEF" for c in which):
         return cache.index_of(which)
     there = f"0 to {len(cache) - 1}" if len(cache) else "none yet"
     raise InputError(
-        f"no sample {which!r} in {cache.store.url}; committed samples: {there};"
+        f"no sample {which[:50]!r} in {cache.store.url}; committed samples: {there};"
         f" give one of these, or at least {MIN_KEY_DIGITS} hex digits of a sample's key"
     )
 
@@ -60,10 +62,9 @@ def rows_within(rows: slice, count: int, *, of: str) -> slice:
 
 def listing_data(cache: Cache, rows: slice) -> list[dict[str, Any]]:
     """The samples of a range: key, source, sizes, mean label log-prob (nats)."""
-    samples = cache.read(range(rows.start, rows.stop))
-    return [
-        {"index": i, **_sample_facts(sample)} for i, sample in zip(range(rows.start, rows.stop), samples, strict=True)
-    ]
+    starts = range(rows.start, rows.stop, SAMPLES_AT_ONCE)
+    samples = (sample for i in starts for sample in cache.read(range(i, min(i + SAMPLES_AT_ONCE, rows.stop))))
+    return [{"index": i, **_sample_facts(sample)} for i, sample in enumerate(samples, rows.start)]
 
 
 def table_data(cache: Cache, table: SampleTable, indices: Sequence[int]) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
+import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,13 +25,16 @@ from logitcache_storage.sample_statistics import SampleTable
 from logitcache_storage.samples import ROWS_PER_GROUP
 from logitcache_storage.statistics import row_statistics
 from logitcache_storage.visible import visible
+from logitcache_storage.zarr_shard import CHUNK_ROWS
 
 DEFAULT_MIN_PROBABILITY = 0.9
 DEFAULT_LIMIT = 1000
 
 SAMPLES_AT_ONCE = 32
 NUM_READERS = 8
-"""Samples that are read side by side: they stand anywhere, and a remote store answers slowly."""
+"""Reads side by side: samples stand anywhere, and a remote store answers slowly."""
+ROWS_AT_ONCE = 2 * CHUNK_ROWS
+"""Of a shard: samples that begin within so many rows are read together where all are wanted."""
 
 CSV_COLUMNS = (
     "sample",
@@ -47,7 +52,7 @@ CSV_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DoubtfulPosition:
     """A target whose label is not among the teacher's kept ids, while its first choice has a large probability."""
 
@@ -91,6 +96,7 @@ def doubtful_positions(
     *,
     min_probability: float = DEFAULT_MIN_PROBABILITY,
     limit: int | None = DEFAULT_LIMIT,
+    meter: Meter | None = None,
 ) -> DoubtfulPositions:
     """Positions where the first choice has at least this probability and the label is not kept, the surest first.
 
@@ -101,26 +107,31 @@ def doubtful_positions(
         table: of `load_statistics`.
         min_probability: in (0, 1].
         limit: how many to name; None: all.
+        meter: told of every sample that is read, and of their number where all are.
 
     Raises:
         InputError: `min_probability` outside (0, 1].
     """
     samples = doubtful_samples(table, min_probability)
     doubt = table.column("doubt")[samples]
+    reading = _Reading(cache, min_probability, meter, list(table.problems.values()))
     found: list[DoubtfulPosition] = []
-    problems = list(table.problems.values())
     is_complete = True
-    for start in range(0, len(samples), SAMPLES_AT_ONCE):
-        # No position of a sample is surer than its strongest doubt.
-        if limit is not None and len(found) >= limit and (not limit or found[-1].choice_probability >= doubt[start]):
-            is_complete = False
-            break
-        for sample, index in _read(cache, samples[start : start + SAMPLES_AT_ONCE], problems):
-            found += _positions(cache, sample, index, min_probability)
-        found.sort(key=lambda p: (-p.choice_probability, p.label_log_prob, p.index, p.row))
-        is_complete &= limit is None or len(found) <= limit
-        found = found[:limit]
-    return DoubtfulPositions(tuple(found), len(samples), is_complete, tuple(problems))
+    if limit is None:
+        if meter is not None:
+            meter.set_total(len(samples))
+        found = sorted(reading.positions(_neighbours(cache, samples)), key=_rank)
+    else:
+        for start in range(0, len(samples), SAMPLES_AT_ONCE):
+            # No position of a sample is surer than its strongest doubt.
+            if len(found) >= limit and (not limit or found[-1].choice_probability >= doubt[start]):
+                is_complete = False
+                break
+            found += reading.positions([index] for index in samples[start : start + SAMPLES_AT_ONCE].tolist())
+            found.sort(key=_rank)
+            is_complete &= len(found) <= limit
+            found = found[:limit]
+    return DoubtfulPositions(tuple(found), len(samples), is_complete, tuple(dict.fromkeys(reading.problems)))
 
 
 def doubtful_samples(table: SampleTable, min_probability: float) -> npt.NDArray[np.int64]:
@@ -199,9 +210,10 @@ def write_columns(
             sizes = table.column("num_targets")[start:stop].astype(np.int64)
             weights = np.ones(int(sizes.sum()), np.int8)
             ends = np.cumsum(sizes)
-            for index in (start + np.flatnonzero(is_doubtful[start:stop])).tolist():
-                rows, _ = _doubtful_rows(cache[index], min_probability)
-                weights[ends[index - start] - sizes[index - start] + rows] = 0
+            for run in _neighbours(cache, start + np.flatnonzero(is_doubtful[start:stop])):
+                for index, sample in zip(run, cache.read(run), strict=True):
+                    rows, _ = _doubtful_rows(sample, min_probability)
+                    weights[ends[index - start] - sizes[index - start] + rows] = 0
             offsets = np.concatenate([[0], ends]).astype(np.int32)
             lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(weights))
             writer.write_table(pa.table([part.column("key"), lists], schema=schema), row_group_size=ROWS_PER_GROUP)
@@ -211,21 +223,65 @@ def write_columns(
     return num_doubtful
 
 
-def _read(cache: Cache, indices: npt.NDArray[np.int64], problems: list[str]) -> Iterator[tuple[Sample, int]]:
-    """The samples that can be read; what is wrong with others goes into `problems`, once."""
+class _Reading:
+    """Doubtful positions of the samples that can be read; what is wrong with others stands in `problems`."""
 
-    def read(index: int) -> Sample | CorruptionError:
+    def __init__(self, cache: Cache, min_probability: float, meter: Meter | None, problems: list[str]) -> None:
+        self._cache, self._min_probability, self._meter = cache, min_probability, meter
+        self._token = functools.cache(lambda token: token_data(cache.vocabulary, token))  # one for all positions
+        self.problems = problems
+
+    def positions(self, runs: Iterable[list[int]]) -> list[DoubtfulPosition]:
+        """Of these samples; each run of them is read together, several runs side by side."""
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            found = list(itertools.chain.from_iterable(pool.map(self._of_run, runs)))
+        self.problems += [item for item in found if isinstance(item, str)]
+        return [item for item in found if not isinstance(item, str)]
+
+    def _of_run(self, run: list[int]) -> list[DoubtfulPosition | str]:
+        """What was found, and why the rest was not."""
+        found: list[DoubtfulPosition | str] = []
         try:
-            return cache[index]
+            samples = self._cache.read(run)
         except CorruptionError as e:
-            return e
+            if len(run) > 1:  # not all of them need be damaged
+                return [item for index in run for item in self._of_run([index])]
+            samples, found = [], [str(e)]
+        for sample, index in zip(samples, run, strict=False):
+            found += self._of_sample(sample, index)
+        if self._meter is not None:
+            self._meter.advance(len(run))
+        return found
 
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        for index, found in zip(indices.tolist(), pool.map(read, indices.tolist()), strict=True):
-            if isinstance(found, Sample):
-                yield found, index
-            elif str(found) not in problems:
-                problems.append(str(found))
+    def _of_sample(self, sample: Sample, index: int) -> list[DoubtfulPosition]:
+        rows, statistics = _doubtful_rows(sample, self._min_probability)
+        return [
+            DoubtfulPosition(
+                index=index,
+                key=sample.key,
+                source_id=sample.source_id,
+                row=row,
+                position=int(sample.target_positions[row]),
+                label=self._token(int(sample.labels[row])),
+                label_log_prob=float(sample.topk.label_log_prob[row]),
+                choice=self._token(int(sample.topk.ids[row, 0])),
+                choice_probability=float(np.float32(statistics.top_1_probability[row])),
+                entropy=float(statistics.entropy[row]),
+            )
+            for row in rows.tolist()
+        ]
+
+
+def _neighbours(cache: Cache, samples: npt.NDArray[np.int64]) -> list[list[int]]:
+    """The same samples in the order of their rows, cut into runs that are read together."""
+    shard, window = cache.index.shard[samples], cache.index.first_row[samples] // ROWS_AT_ONCE
+    order = np.lexsort((cache.index.first_row[samples], shard))
+    is_next = (np.diff(shard[order]) != 0) | (np.diff(window[order]) != 0)
+    return [run.tolist() for run in np.split(samples[order], np.flatnonzero(is_next) + 1) if len(run)]
+
+
+def _rank(found: DoubtfulPosition) -> tuple[float, float, int, int]:
+    return (-found.choice_probability, found.label_log_prob, found.index, found.row)
 
 
 def _doubtful_rows(sample: Sample, min_probability: float) -> tuple[npt.NDArray[np.int64], Any]:
@@ -234,25 +290,6 @@ def _doubtful_rows(sample: Sample, min_probability: float) -> tuple[npt.NDArray[
     # As float32, as the table has them.
     is_sure = found.top_1_probability.astype(np.float32) >= np.float32(min_probability)
     return np.flatnonzero(is_sure & (found.label_rank == 0)), found
-
-
-def _positions(cache: Cache, sample: Sample, index: int, min_probability: float) -> list[DoubtfulPosition]:
-    rows, statistics = _doubtful_rows(sample, min_probability)
-    return [
-        DoubtfulPosition(
-            index=index,
-            key=sample.key,
-            source_id=sample.source_id,
-            row=row,
-            position=int(sample.target_positions[row]),
-            label=token_data(cache.vocabulary, int(sample.labels[row])),
-            label_log_prob=float(sample.topk.label_log_prob[row]),
-            choice=token_data(cache.vocabulary, int(sample.topk.ids[row, 0])),
-            choice_probability=float(np.float32(statistics.top_1_probability[row])),
-            entropy=float(statistics.entropy[row]),
-        )
-        for row in rows.tolist()
-    ]
 
 
 def _csv_row(found: DoubtfulPosition) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from logitcache_storage.inspect.draw import token_text
+from logitcache_storage.inspect.data import token_text
 from logitcache_storage.terminal import format_probability
 from logitcache_storage.visible import printable
 
@@ -183,7 +183,9 @@ def distribution(outcomes: Sequence[Mapping[str, Any]], series: Sequence[Series]
 
 def position_bars(row: Mapping[str, Any]) -> Markup:
     """The distribution of a row of `data.positions` on its own."""
-    caption = f"target {row['row']}, token {row['position']}: entropy {row['entropy']:.3f} nats"
+    caption = f"target {row['row']}, token {row['position']}"
+    if row["num_kept"]:
+        caption += f": entropy {row['entropy']:.3f} nats"
     return distribution(outcomes({"teacher": row}), [Series("teacher", "probability", "first")], caption)
 
 
@@ -203,8 +205,11 @@ def describe(row: Mapping[str, Any]) -> str:
     """A position in words: label, its probability and rank, entropy, tail, the teacher's first choice."""
     rank = f"rank {row['label_rank']}" if row["label_rank"] else f"not among {row['num_kept']} kept"
     probability = format_probability(math.exp(row["label_log_prob"]))
+    label = f"target {row['row']}: “{token_text(row['label'])}” has {probability}"
+    if not row["num_kept"]:
+        return label
     parts = [
-        f"target {row['row']}: “{token_text(row['label'])}” has {probability} ({rank})",
+        f"{label} ({rank})",
         f"entropy {row['entropy']:.3f} nats",
         f"tail {format_probability(row['tail'])}",
     ]

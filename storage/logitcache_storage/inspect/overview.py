@@ -53,7 +53,7 @@ class Overview:
     totals: Totals
     """Rows, bytes and means over all committed rows, from the commit records alone."""
     histograms: tuple[Histogram, ...]
-    """Of entropy, kept mass, label rank and label log-prob; none where no table was given."""
+    """Of entropy, kept mass, label rank and label log-prob, of the last alone where k = 0; none without a table."""
 
 
 def overview(cache: Cache, table: SampleTable | None = None) -> Overview:
@@ -79,8 +79,8 @@ def overview(cache: Cache, table: SampleTable | None = None) -> Overview:
 
 
 def histograms(table: SampleTable, k: int) -> tuple[Histogram, ...]:
-    """Of entropy, kept mass, label rank and label log-prob, over the rows of all known samples; k is the cache's."""
-    return tuple(_histogram(name, table, k) for name in HISTOGRAMS)
+    """Over the rows of all known samples; k is the cache's. Without ids (k = 0) nothing is known but the label."""
+    return tuple(_histogram(name, table, k) for name in HISTOGRAMS if k or name == "label_log_prob")
 
 
 def _histogram(name: str, table: SampleTable, k: int) -> Histogram:

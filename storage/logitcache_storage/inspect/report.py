@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from logitcache_storage.cache import Cache, Sample
-from logitcache_storage.errors import LogitCacheError
+from logitcache_storage.errors import CorruptionError, LogitCacheError
 from logitcache_storage.inspect.data import positions, segments
 from logitcache_storage.inspect.doubtful import DEFAULT_MIN_PROBABILITY, doubtful_positions
 from logitcache_storage.inspect.figures import Bar, histogram, png, svg
@@ -62,6 +62,7 @@ def report(cache: Cache, table: SampleTable) -> str:
 
     found = overview(cache, table)
     doubtful = doubtful_positions(cache, table, limit=NUM_DOUBTFUL)
+    uncertain, problems = _uncertain(cache, table)
     page = templates().get_template("report.html")
     return page.render(
         style=style(*STYLE_SHEETS),
@@ -72,10 +73,10 @@ def report(cache: Cache, table: SampleTable) -> str:
         doubtful=doubtful,
         contexts=[_context(cache, item.index, item.position) for item in doubtful.positions],
         min_probability=DEFAULT_MIN_PROBABILITY,
-        uncertain=_uncertain(cache, table),
+        uncertain=uncertain,
         examples=[_example(cache, title, index) for title, index in _choose(table).items()],
         legend=legend("label"),
-        problems=list(dict.fromkeys([*table.problems.values(), *doubtful.problems])),
+        problems=list(dict.fromkeys([*table.problems.values(), *doubtful.problems, *problems])),
         max_text=MAX_TEXT,
     )
 
@@ -116,15 +117,20 @@ def _example(cache: Cache, title: str, index: int) -> Example:
     )
 
 
-def _uncertain(cache: Cache, table: SampleTable) -> list[dict[str, Any]]:
-    """The samples with the largest mean entropy, with the beginning of what was to be learnt."""
-    chosen = table.order("mean_entropy", descending=True)[:NUM_UNCERTAIN].tolist()
-    found = []
-    for index, about in zip(chosen, cache.describe(chosen), strict=True):
-        ids, targets = cache.read_tokens([index])[0]
+def _uncertain(cache: Cache, table: SampleTable) -> tuple[list[dict[str, Any]], list[str]]:
+    """The samples with the largest mean entropy, with the beginning of what was to be learnt; and what is damaged."""
+    found: list[dict[str, Any]] = []
+    problems: list[str] = []
+    count = NUM_UNCERTAIN if cache.identity.k else 0  # without ids no entropy is known
+    for index in table.order("mean_entropy", descending=True)[:count].tolist():
+        try:
+            (about,), ((ids, targets),) = cache.describe([index]), cache.read_tokens([index])
+        except CorruptionError as e:
+            problems.append(str(e))
+            continue
         excerpt = _on_one_line(cache.vocabulary.decode(ids[targets[: 2 * CONTEXT_TOKENS]].tolist()))[:MAX_TEXT]
         found.append({"source_id": about["source_id"], "excerpt": excerpt, **table.facts(index)})
-    return found
+    return found, problems
 
 
 def _context(cache: Cache, index: int, position: int) -> str:

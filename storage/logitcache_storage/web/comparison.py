@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 from markupsafe import Markup
@@ -24,6 +25,8 @@ from logitcache_storage.inspect.figures import Bar, histogram, svg
 from logitcache_storage.web.page import Page, render, render_fragment, site_of
 from logitcache_storage.web.site import sample_name
 
+SECONDS_TO_JOIN = 1.0
+"""How long a request waits until it is known which samples belong together; with millions of them that takes longer."""
 SECONDS_AT_FIRST = 0.2
 """How long the page itself compares."""
 SECONDS_AT_ONCE = 0.7
@@ -41,38 +44,57 @@ class Progress:
     def __init__(self, a: Cache, b: Cache) -> None:
         self.caches = (a, b)
         self._lock = threading.Lock()
-        self._comparing: Comparing | None = None
+        self._joined: Future[Comparing] = Future()
         self._problems: list[str] = []
+        threading.Thread(target=self._join, name="logitcache-comparison", daemon=True).start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it could not begin; another one may."""
+        return self._joined.done() and self._joined.exception() is not None
 
     def advance(self, seconds: float) -> dict[str, Any]:
-        """Compare for about so long; `found` (None where nothing could be), `share` of the rows, `is_done`, `problems`.
+        """Compare for about so long, as soon as the samples are joined.
+
+        Returns:
+            `is_joined`, and then `found` (None where nothing could be compared), `num_samples` and `num_rows` in all,
+            the `share` of these rows that was compared, `is_done` and `problems`.
 
         Raises:
             InputError: the two cannot be compared.
         """
+        try:
+            comparing = self._joined.result(SECONDS_TO_JOIN)
+        except TimeoutError:
+            return {"is_joined": False, "is_done": False, "found": None, "problems": []}
         with self._lock:
-            if self._comparing is None:
-                self._comparing = Comparing(*self.caches, top=SAMPLES_NAMED, rows_at_once=ROWS_AT_ONCE, spread=True)
             end = time.monotonic() + seconds
-            while not self._comparing.is_done:
+            while not comparing.is_done:
                 try:
-                    self._comparing.advance()
+                    comparing.advance()
                 except CorruptionError as e:
                     self._problems.append(str(e))
                 if time.monotonic() >= end:
                     break
-            return self._state(self._comparing)
+            return self._state(comparing)
+
+    def _join(self) -> None:
+        try:
+            found = Comparing(*self.caches, top=SAMPLES_NAMED, rows_at_once=ROWS_AT_ONCE, spread=True)
+        except Exception as e:
+            self._joined.set_exception(e)
+        else:
+            self._joined.set_result(found)
 
     def _state(self, comparing: Comparing) -> dict[str, Any]:
-        found = comparing.result() if comparing.num_compared else None
         return {
-            "found": found,
+            "is_joined": True,
+            "found": comparing.result() if comparing.num_compared else None,
             "num_samples": comparing.num_samples,
             "num_rows": comparing.num_rows,
             "share": comparing.num_compared / comparing.num_rows,
             "is_done": comparing.is_done,
             "problems": list(dict.fromkeys(self._problems)),
-            "max_problems": MAX_PROBLEMS,
         }
 
 
@@ -102,13 +124,14 @@ def _values(request: Request, seconds: float) -> dict[str, Any]:
     values = _progress(request, site.cache, site.second.cache).advance(seconds)
     found = values["found"]
     rows = [] if found is None else [{"name": sample_name(s.index_a, s.key), **vars(s)} for s in found.most_different]
+    values["max_problems"] = MAX_PROBLEMS
     return {**values, "rows": rows, "plot": plot(found) if found is not None and found.histogram else ""}
 
 
 def _progress(request: Request, a: Cache, b: Cache) -> Progress:
     with _creation:
         found: Progress | None = getattr(request.app.state, "comparison", None)
-        if found is None or found.caches != (a, b):
+        if found is None or found.caches != (a, b) or found.has_failed:
             found = request.app.state.comparison = Progress(a, b)
         return found
 

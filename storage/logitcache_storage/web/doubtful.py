@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from functools import partial
+from itertools import islice
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -25,7 +26,8 @@ from logitcache_storage.web.site import Side, sample_name
 STEP = 50
 """Positions on a page, and how many more are shown at a time."""
 MOST_SHOWN = 1000
-PART_BYTES = 1 << 18
+PART_BYTES, PART_LINES = 1 << 18, 1000
+"""Of a download, sent at a time."""
 TOKENS_BEFORE, CHARACTERS_BEFORE = 16, 48
 """Of the text before a label."""
 
@@ -60,7 +62,9 @@ def download_csv(request: Request) -> Response:
     table, threshold = _table(side), _threshold(Query(request))
     found = doubtful_positions(side.cache, table, min_probability=threshold, limit=None)
     headers = {"content-disposition": 'attachment; filename="doubtful.csv"'}
-    return StreamingResponse(csv_lines(found.positions), media_type="text/csv", headers=headers)
+    lines = csv_lines(found.positions)
+    parts = iter(lambda: "".join(islice(lines, PART_LINES)), "")
+    return StreamingResponse(parts, media_type="text/csv", headers=headers)
 
 
 def download_column(request: Request) -> Response:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from logitcache_storage.cli import find_entry_points
-from logitcache_storage.errors import InputError, LogitCacheError
+from logitcache_storage.errors import CorruptionError, InputError, LogitCacheError
 from logitcache_storage.inspect.data import token_data
 from logitcache_storage.inspect.html import Series, distribution
 from logitcache_storage.topk import TopKLogProbs
@@ -111,7 +111,10 @@ def show(request: Request) -> Response:
         explorer = load_explorer()
     except LogitCacheError as e:
         return render(request, "explorer_missing.html", title="Target explorer", problem=str(e), remedy=REMEDY)
-    setting = read_setting(request, explorer)
+    try:
+        setting = read_setting(request, explorer)
+    except CorruptionError as e:
+        return render(request, "explorer_damaged.html", title="Target explorer", problem=str(e))
     try:
         found, problem = evaluate(site, explorer, setting), ""
     except InputError as e:
@@ -173,6 +176,7 @@ def read_setting(request: Request, explorer: Explorer) -> Setting:
     Raises:
         HTTPException: 404, there is no such sample.
         InputError: another value is wrong.
+        CorruptionError: the sample is damaged.
     """
     site, query = site_of(request), Query(request)
     if not len(site.cache):

@@ -31,8 +31,6 @@ HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
 )
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
 
 @dataclass(frozen=True)
 class Access:
@@ -97,7 +95,7 @@ class Guard:
         # A page from elsewhere whose name was made to resolve to this machine names itself here (DNS rebinding).
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        if name.lower() not in LOOPBACK_NAMES:
+        if not is_loopback(name.lower().strip("[]")):
             await _refuse(send, 403, "open this page as http://localhost or http://127.0.0.1, by no other name")
             return
         await self._app(scope, receive, send)

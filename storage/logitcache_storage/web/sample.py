@@ -70,9 +70,10 @@ def show_position(request: Request) -> Response:
     """The distribution at one position, for a script to put into the page of the sample."""
     site = site_of(request)
     place = site.first.place(find(site.first, request))
-    row, count = request.path_params["row"], len(place.sample.target_positions)
+    asked, count = request.path_params["row"], len(place.sample.target_positions)
+    row = int(asked) if asked.isdecimal() and len(asked) < 16 else count
     if row >= count:
-        raise HTTPException(404, f"the sample has {count} target rows, counted from 0")
+        raise HTTPException(404, f"no row {asked[:50]!r}: the sample has {count} target rows, counted from 0")
     other, _ = _counterpart(site, place)
     return render_fragment(request, "position.html", **position_values(site, place, other, row))
 
@@ -181,5 +182,5 @@ def _counterpart(site: Site, place: Place) -> tuple[Place | None, str]:
 
 ROUTES = (
     Route("/samples/{which}", show),
-    Route("/samples/{which}/positions/{row:int}", show_position),
+    Route("/samples/{which}/positions/{row}", show_position),
 )

@@ -52,6 +52,8 @@ COLUMNS = (
     Column("doubt", "doubt", "the teacher's surest choice where it does not keep the label", "percent", True),
 )
 _BY_NAME = {column.name: column for column in COLUMNS}
+_OF_IDS = ("mean_entropy", "top_1_rate", "doubt")
+"""Not known of a cache that keeps no ids (k = 0)."""
 
 
 @dataclass(frozen=True)
@@ -108,54 +110,47 @@ class Order:
 
 
 def show(request: Request) -> Response:
-    """One page of the list."""
+    """One page of the list, or of what a search has found."""
     side, query = site_of(request).first, Query(request)
-    if wanted := query.text("q"):
-        return _show_found(request, side, wanted, query.text("after"))
+    wanted = query.text("q")
+    values = _found(side, wanted, query.text("after")) if wanted else _listed(side, query)
+    columns = [column for column in COLUMNS if side.cache.identity.k or column.name not in _OF_IDS]
+    return render(request, "samples.html", title="Samples", side=side, columns=columns, wanted=wanted, **values)
+
+
+def _listed(side: Side, query: Query) -> dict[str, Any]:
     order, page, table = Order.of(query), query.integer("page", 1, low=1), side.table
     indices = order.indices(len(side.cache), table)
     num_pages = max(1, -(-len(indices) // PER_PAGE))
     if page > num_pages:
         raise InputError(f"page {page:,} of {num_pages:,}")
     rows, problem = _described(side.cache, table, [int(i) for i in indices[(page - 1) * PER_PAGE : page * PER_PAGE]])
-    return render(
-        request,
-        "samples.html",
-        title="Samples",
-        side=side,
-        columns=COLUMNS,
-        rows=rows,
-        problem=problem,
-        wanted="",
-        order=order,
-        waits=order.needs_table and table is None,
-        num_found=len(indices),
-        bar=order.bar(side.cache.identity.k),
-        page=page,
-        num_pages=num_pages,
-    )
+    return {
+        "rows": rows,
+        "problem": problem,
+        "order": order,
+        "waits": order.needs_table and table is None,
+        "num_found": len(indices),
+        "bar": order.bar(side.cache.identity.k),
+        "page": page,
+        "num_pages": num_pages,
+    }
 
 
-def _show_found(request: Request, side: Side, wanted: str, after: str) -> Response:
+def _found(side: Side, wanted: str, after: str) -> dict[str, Any]:
     result = side.search.search(wanted, after=after, limit=PER_PAGE)
     rows, problem = _described(side.cache, side.table, [found.index for found in result.found])
     for row, found in zip(rows, result.found, strict=True):
         row["excerpt"] = (found.excerpt[: found.start], found.excerpt[found.start : found.stop])
         row["rest"] = found.excerpt[found.stop :]
-    return render(
-        request,
-        "samples.html",
-        title="Samples",
-        side=side,
-        columns=COLUMNS,
-        rows=rows,
-        problem=problem,
-        wanted=wanted,
-        order=None,
-        searched=_searched(result),
-        continued=bool(after),
-        further=None if result.next is None else link("/samples", q=wanted, after=result.next),
-    )
+    return {
+        "rows": rows,
+        "problem": problem,
+        "order": None,
+        "searched": _searched(result),
+        "continued": bool(after),
+        "further": None if result.next is None else link("/samples", q=wanted, after=result.next),
+    }
 
 
 def _described(cache: Cache, table: SampleTable | None, indices: list[int]) -> tuple[list[dict[str, Any]], str]:

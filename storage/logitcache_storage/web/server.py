@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import threading
@@ -12,8 +13,11 @@ import uvicorn
 from logitcache_storage.errors import InputError
 from logitcache_storage.visible import printable
 from logitcache_storage.web.app import create_app
+from logitcache_storage.web.explorer import load_explorer
 from logitcache_storage.web.guard import access_for, is_loopback
 from logitcache_storage.web.site import Site
+
+log = logging.getLogger(__name__)
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 GRACE_SECONDS = 1
@@ -56,7 +60,7 @@ def serve(site: Site, listener: socket.socket, host: str) -> None:
     if not is_loopback(host):
         print(f"Listening at {host}, not at this machine alone: whoever has this address can read the cache.")
     print("Ctrl-C ends it.", flush=True)
-    site.start()
+    site.start(then=_load_explorer)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn has ended in good order, and passes the signal on
@@ -64,6 +68,14 @@ def serve(site: Site, listener: socket.socket, host: str) -> None:
         _leave_waiting_requests()
     finally:
         site.stop()
+
+
+def _load_explorer() -> None:
+    """What the target explorer computes with takes seconds to load, for which its first page need not wait."""
+    try:
+        load_explorer()
+    except Exception as e:  # the page says so, too
+        log.debug("no target explorer: %s", e)
 
 
 def _leave_waiting_requests() -> None:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -125,7 +126,6 @@ class Site:
         """How far the build is, where it is not at its end."""
         self._elsewhere: dict[str, int | None] = {}
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="logitcache-statistics", daemon=True)
 
     @property
     def cache(self) -> Cache:
@@ -137,9 +137,9 @@ class Site:
         """One cache, or both."""
         return (self.first,) if self.second is None else (self.first, self.second)
 
-    def start(self) -> None:
-        """Read statistics in the background, and follow a build that goes on."""
-        self._thread.start()
+    def start(self, *, then: Callable[[], object] = lambda: None) -> None:
+        """Read statistics in the background, do what comes `then`, and follow a build that goes on."""
+        threading.Thread(target=self._work, args=(then,), name="logitcache-statistics", daemon=True).start()
 
     def stop(self) -> None:
         """End the work in the background, as soon as it notices."""
@@ -171,10 +171,11 @@ class Site:
         known[key] = index
         return index
 
-    def _work(self) -> None:
+    def _work(self, then: Callable[[], object]) -> None:
         import matplotlib.figure  # noqa: F401 - takes a second or more, for which no page need wait
 
         self.first.prepare()
+        then()
         while not self.first.cache.is_complete:
             start = time.monotonic()
             try:

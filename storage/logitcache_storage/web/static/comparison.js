@@ -10,11 +10,26 @@ async function goOn() {
       continue;
     }
     const answer = await fetch("/comparison/further");
-    if (!answer.ok) return;
+    if (!answer.ok) throw new Error(`status ${answer.status}`);
     const found = await answer.json();
-    panel.innerHTML = found.html;
+    show(found.html);
     isDone = found.is_done;
   }
 }
 
-goOn();
+// The link that the keyboard is at keeps the focus where it is still there.
+function show(html) {
+  const focused = panel.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  panel.innerHTML = html;
+  if (focused === null) return;
+  const links = [...panel.querySelectorAll("a")];
+  links.find((link) => link.getAttribute("href") === focused)?.focus({ preventScroll: true });
+}
+
+goOn().catch((error) => {
+  const message = document.createElement("p");
+  message.className = "problem";
+  message.setAttribute("role", "alert");
+  message.textContent = `The comparison stopped (${error.message}); load the page again to go on`;
+  panel.prepend(message);
+});

@@ -57,7 +57,9 @@ for (const slider of form.querySelectorAll("input[type=range]")) {
 
 // Another objective has other parameters, another position another text: a page of its own.
 form.addEventListener("change", (event) => {
-  if (event.target.matches("select, [name=sample], [name=row]")) location.assign(`/explorer?${parameters()}`);
+  if (!event.target.matches("select, [name=sample], [name=row]")) return;
+  sessionStorage.setItem("focus", `[name="${event.target.name}"]`); // as page.js does
+  location.assign(`/explorer?${parameters()}`);
 });
 
 // Steps along the text keep everything else that was chosen.

@@ -7,6 +7,15 @@ if (address.searchParams.has("token")) {
   history.replaceState(null, "", address);
 }
 
+// Whoever steps to another page with the keyboard finds there in focus what they stepped with.
+document.addEventListener("click", (event) => {
+  const step = event.target.closest("a[rel]");
+  if (step && event.detail === 0) sessionStorage.setItem("focus", `a[rel="${step.rel}"]`);
+});
+const focused = sessionStorage.getItem("focus");
+sessionStorage.removeItem("focus");
+if (focused) document.querySelector(focused)?.focus({ preventScroll: true });
+
 // A slider says its value.
 for (const slider of document.querySelectorAll("input[data-shows]")) {
   const output = document.getElementById(slider.dataset.shows);

@@ -21,6 +21,11 @@ if (chosen >= 0 && new URLSearchParams(location.search).has("row")) {
   tokens[chosen].scrollIntoView({ block: "center" });
 }
 
+// With one of these keys it is the browser that is meant: Alt and an arrow go back in its history.
+function isPlain(event) {
+  return !(event.altKey || event.ctrlKey || event.metaKey || event.shiftKey);
+}
+
 function rowOf(token) {
   return start + Number(token.dataset.row);
 }
@@ -100,9 +105,8 @@ function neighbour(index, step) {
 }
 
 text.addEventListener("keydown", (event) => {
-  if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
   const index = tokens.indexOf(event.target.closest("a.tok"));
-  if (index < 0) return;
+  if (index < 0 || !isPlain(event)) return;
   const next = {
     ArrowRight: () => index + 1,
     ArrowLeft: () => index - 1,
@@ -119,7 +123,7 @@ text.addEventListener("keydown", (event) => {
 
 text.addEventListener("click", (event) => {
   const index = tokens.indexOf(event.target.closest("a.tok"));
-  if (index < 0 || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  if (index < 0 || !isPlain(event)) return;
   event.preventDefault();
   choose(index);
 });
@@ -137,7 +141,8 @@ text.addEventListener("mouseleave", () => {
 
 // Arrow keys work from anywhere on the page that has no use for them.
 document.addEventListener("keydown", (event) => {
-  if (event.target !== document.body || chosen < 0 || !["ArrowRight", "ArrowLeft"].includes(event.key)) return;
+  if (!isPlain(event) || !event.target.matches("body, main, a.button") || chosen < 0) return;
+  if (!["ArrowRight", "ArrowLeft"].includes(event.key)) return;
   event.preventDefault();
   choose(Math.min(tokens.length - 1, Math.max(0, chosen + (event.key === "ArrowRight" ? 1 : -1))));
 });

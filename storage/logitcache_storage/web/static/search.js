@@ -4,23 +4,32 @@
 // comes to the end, or is stopped.
 const further = document.querySelector("#further a[data-goes-on]");
 
-async function goOn(address) {
+async function read(address, signal) {
+  const answer = await fetch(address, { signal });
+  return answer.text();
+}
+
+async function goOn() {
   const stop = document.createElement("button");
   stop.type = "button";
   stop.textContent = "Stop";
   further.replaceWith(stop);
-  let stopped = false;
-  stop.addEventListener("click", () => (stopped = true));
-  while (!stopped) {
-    const answer = await fetch(address).catch(() => null);
-    if (!answer?.ok) break;
-    const found = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const asking = new AbortController();
+  stop.addEventListener("click", () => asking.abort());
+  for (;;) {
+    const page = await read(further.href, asking.signal).catch(() => null);
+    if (page === null) break; // stopped, or the server is gone
+    const found = new DOMParser().parseFromString(page, "text/html");
     const next = found.querySelector("#further a[data-goes-on]");
-    if (!next) break;
+    if (!next) {
+      location.replace(further.href); // something to see: what was found, the end, or an error
+      return;
+    }
     document.getElementById("found").textContent = found.getElementById("found").textContent;
-    address = next.href;
+    further.href = next.getAttribute("href");
   }
-  location.replace(address);
+  stop.replaceWith(further);
+  further.focus();
 }
 
-if (further) goOn(further.href);
+if (further) goOn();
