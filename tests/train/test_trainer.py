@@ -245,9 +245,11 @@ def test_a_student_that_diverges_stops_with_the_samples_named(run, made, tmp_pat
         run(made, tmp_path / "out", learning_rate="1e38", max_grad_norm=0)
 
 
-def test_a_student_that_diverges_in_the_last_step_is_said_to_be_of_no_use(run, made, tmp_path):
-    with pytest.raises(LogitCacheError, match=r"saved in .*out is of no use: \S+ holds NaN .* after the last step"):
-        run(made, tmp_path / "out", learning_rate="inf", max_steps=1)
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"save_strategy": "steps", "save_steps": 1}])
+def test_a_student_that_has_diverged_is_not_saved(run, made, tmp_path, options):
+    with pytest.raises(LogitCacheError, match=r"of no use, and is not saved: \S+ holds NaN .* after step 1;"):
+        run(made, tmp_path / "out", learning_rate="inf", **options)
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_a_student_of_damaged_weights_is_refused(run, made, tmp_path):

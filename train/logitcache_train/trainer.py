@@ -145,10 +145,26 @@ class CachedTargetTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer, with the record of the run beside the weights."""
+        """As Trainer, with the record of the run beside the weights.
+
+        Raises:
+            LogitCacheError: the last step has ruined the weights; checkpoints saved before are whole.
+        """
+        self._check_weights()
         super().save_model(*args, **kwargs)
         if self.args.should_save:
             self._save_record(str(args[0] if args else kwargs.get("output_dir") or self.args.output_dir))
+
+    def _check_weights(self) -> None:
+        """Of a step behind which nothing is saved, the loss of the next one would say it."""
+        for name, parameter in self.model.named_parameters():
+            # Of a sharded parameter, this rank's part.
+            part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if not torch.isfinite(part).all():
+                raise LogitCacheError(
+                    f"the student is of no use, and is not saved: {name} holds NaN or infinite values after step"
+                    f" {self.state.global_step}; try a lower learning rate or a wider dtype"
+                )
 
     def _check_parallelism(self) -> None:
         if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1 or self.is_deepspeed_enabled:
