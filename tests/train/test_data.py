@@ -1,10 +1,14 @@
 """Samples as the caches hold them, and the same global batches for every world size."""
 
+import itertools
+
 import numpy as np
 import pytest
 
+from logitcache_storage import patience
 from logitcache_storage.cache import Cache
-from logitcache_storage.errors import InputError, MismatchError
+from logitcache_storage.errors import InputError, MismatchError, StoreUnavailableError
+from logitcache_storage.objects import LocalStore
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 from logitcache_train.batches import micro_batches
 from logitcache_train.data import CachedSamples, GlobalBatchSampler
@@ -49,6 +53,26 @@ def test_a_sample_is_what_the_cache_says(cache):
         assert np.array_equal(found.input_ids, expected.input_ids)
         assert np.array_equal(found.target_positions, expected.target_positions)
         assert found.topks["teacher"][0].equals(expected.topk)
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(cache, monkeypatch, caplog):
+    opened, expected = Cache.open(cache.store.url), cache[17].topk
+    failures, original = iter([True] * 3), LocalStore._file
+
+    def stumbling(self, path):
+        if next(failures, False):
+            raise TimeoutError("no answer")
+        return original(self, path)
+
+    monkeypatch.setattr(LocalStore, "_file", stumbling)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.001)
+    samples = CachedSamples({"teacher": [opened]}, objective("kd"), window_shards=2)
+    assert samples[17].topks["teacher"][0].equals(expected)
+    assert caplog.text.count("no answer; check the network") == caplog.text.count("again, for 15 minutes at most") == 3
+    failures = itertools.repeat(True)
+    monkeypatch.setattr("logitcache_train.data.STORE_SECONDS", 0.01)
+    with pytest.raises(StoreUnavailableError, match="no answer"):
+        CachedSamples({"teacher": [opened]}, objective("kd"), window_shards=2)[3]
 
 
 def test_an_objective_without_a_teacher_reads_no_shard(cache, monkeypatch):

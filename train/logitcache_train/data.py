@@ -7,6 +7,7 @@ process, cuts the part out and reads it. So skipping steps costs nothing, and no
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,9 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from logitcache_storage.cache import Cache
-from logitcache_storage.errors import InputError, MismatchError
+from logitcache_storage.errors import InputError, MismatchError, StoreUnavailableError
 from logitcache_storage.fingerprints import fingerprint
+from logitcache_storage.patience import patiently
 from logitcache_storage.record_json import to_json
 from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches, window_starts
 from logitcache_train.collate import TrainingSample
@@ -27,6 +29,11 @@ from logitcache_train.columns import NO_FILES, ColumnFiles, column_readers
 from logitcache_train.joining import Missing, join_by_key
 from logitcache_train.objectives import Objective
 from logitcache_train.reading import Needs, ReadAhead, RowReader, Source, TokenSource, check_room
+
+STORE_SECONDS = 900.0
+"""A sample is waited for so long while its store does not answer: less than other ranks wait for ours (30 minutes)."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,11 +192,18 @@ class CachedSamples(Dataset[Any]):
         return self.primary.key(int(self._kept[index]))
 
     def _sample(self, index: int, place: int) -> TrainingSample:
+        return patiently(lambda: self._read(index, place), seconds=STORE_SECONDS, on_pause=_say_waiting)
+
+    def _read(self, index: int, place: int) -> TrainingSample:
         row = int(self._kept[index])
         input_ids, positions = self.primary.read_tokens([row])[0]
         columns = {name: read(row, positions, len(input_ids), place) for name, read in self._columns.items()}
         topks = {role: tuple(reader.rows(index) for reader in several) for role, several in self._rows.items()}
         return TrainingSample(self._key(index), input_ids, positions, topks, columns)
+
+
+def _say_waiting(error: StoreUnavailableError) -> None:
+    log.warning("%s; it is asked again, for %.0f minutes at most", error, STORE_SECONDS / 60)
 
 
 def _refuse_without_ids(caches: Mapping[str, Sequence[Cache]], objective: Objective) -> None:
