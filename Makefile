@@ -38,7 +38,7 @@ demo: install
 # The tests of a file share what took long to make, so they stay together. Many wait for processes, so there are more at a
 # time than two cores; the slowest files come first.
 test: install $(VENV)/azurite
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not rehearsal"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not rehearsal"
 
 # Builds on a cluster that loses its nodes, its drivers and its store.
 test-faults: install
