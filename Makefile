@@ -1,4 +1,4 @@
-# make install | demo | test | test-faults | test-vllm | test-images | lint | lint-deploy | rehearsal | bench
+# make install | demo | test | test-cluster | test-vllm | test-images | lint | lint-deploy | rehearsal | bench
 # Each sets up what it needs: ./.venv, ./.venv-vllm.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 PIP := $(BIN)/python $(PIP_INSTALL) --constraint .ci/constraints.txt
 VLLM_PIP := $(VLLM_BIN)/python $(PIP_INSTALL) --constraint .ci/constraints-vllm.txt
 
-.PHONY: install demo test test-faults test-vllm lint lint-deploy test-images rehearsal bench clean
+.PHONY: install demo test test-cluster test-vllm lint lint-deploy test-images rehearsal bench clean
 
 install: $(VENV)/.installed
 
@@ -40,9 +40,9 @@ demo: install
 test: install $(VENV)/azurite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not rehearsal"
 
-# Builds on a cluster that loses its nodes, its drivers and its store.
-test-faults: install
-	$(BIN)/python -m pytest -m rehearsal tests/faults
+# Clusters that lose nodes, drivers and the store; what the rehearsal refuses, and the linters.
+test-cluster: install
+	$(BIN)/python -m pytest -m rehearsal
 
 test-vllm: .venv-vllm/.installed
 	$(VLLM_BIN)/python -m pytest tests/pipeline/test_engines_vllm.py

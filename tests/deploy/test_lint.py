@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rehearsal
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("hadolint", "shellcheck", "check-jsonschema", "kubernetes-validate")
 SCHEMAS = ROOT.parent / "shared" / "schemas"

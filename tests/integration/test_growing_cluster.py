@@ -18,7 +18,7 @@ from logitcache_pipeline.cluster import ray_cluster
 from logitcache_pipeline.run import RunSettings, run_shards
 from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(120)]
 
 SECONDS = {"slow": 0.3, "fast": 0.1}
 """What a shard takes on the two kinds of nodes."""

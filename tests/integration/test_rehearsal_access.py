@@ -20,6 +20,8 @@ from logitcache_storage.errors import StoreError
 from logitcache_storage.objects import check_writable, open_store
 from logitcache_storage.testing import make_identity, make_samples, write_cache
 
+pytestmark = pytest.mark.rehearsal
+
 REHEARSAL = Path(__file__).parents[2] / "deploy" / "rehearsal"
 REGION = "eu-central-1"
 
