@@ -96,7 +96,14 @@ def test_a_request_that_waits_for_a_store_does_not_hold_up_the_end(url, tmp_path
     command = [sys.executable, "-c", STUCK, url]
     with (
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+            # What a shell starts in the background ignores interrupts, and so do its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process,
         ThreadPoolExecutor(1) as pool,
     ):
