@@ -129,7 +129,6 @@ def rates(topk: TopKLogProbs, precision: str, layout: str) -> tuple[float, float
 
         def read() -> TopKLogProbs:
             objects = CommittedObjects(store, records)
-            objects.fetch_all()
             return decode(container.read(objects, "x", types, len(topk), slice(0, len(topk))), precision, layout)
 
         records = write()

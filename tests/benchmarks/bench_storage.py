@@ -143,7 +143,6 @@ def _column_readers(cache: Cache) -> dict[str, Callable[[], None]]:
     def verified() -> None:
         for shard, prefix in prefixes.items():
             objects = CommittedObjects(cache.store, cache.shards[shard].objects)
-            objects.fetch_all()
             ZarrShard().read(objects, prefix, types, SHARD_ROWS, slice(0, SHARD_ROWS))
 
     def with_pipeline(path: str) -> None:
