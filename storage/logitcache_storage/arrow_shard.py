@@ -60,7 +60,8 @@ class ArrowShard:
         size, is_whole = objects.size(path), (rows.start, rows.stop) == (0, num_rows)
         objects.fetch(path, 0 if is_whole else max(0, size - 1) // BLOCK_BYTES * BLOCK_BYTES, size)
         source = pa.py_buffer(objects.get(path)) if is_whole else pa.PythonFile(VerifiedFile(objects, path), mode="r")
-        with pa.ipc.open_file(source) as reader:
+        # Without Arrow's threads: one that lets go of our bytes while the interpreter ends, ends the process.
+        with pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(use_threads=False)) as reader:
             first, last = rows.start // BATCH_ROWS, -(-rows.stop // BATCH_ROWS)
             blocks = _batch_blocks(objects, path)[first:last]
             if blocks and not is_whole:

@@ -47,7 +47,8 @@ class BoundedParquet:
         """
         self._open_file, self._size = open_file, size
         self._most = max(MAX_BYTES_AT_ONCE, MAX_BYTES_PER_BYTE * size)
-        self._file = pq.ParquetFile(pa.PythonFile(open_file(), mode="r"), metadata=footer)
+        # Without Arrow's threads: one that lets go of our bytes while the interpreter ends, ends the process.
+        self._file = pq.ParquetFile(pa.PythonFile(open_file(), mode="r"), metadata=footer, pre_buffer=False)
         self.metadata: Any = self._file.metadata
         self.schema_arrow: pa.Schema = self._file.schema_arrow
         if footer is None:
@@ -84,7 +85,7 @@ class BoundedParquet:
             for path, most in by_number:
                 num_bytes += self._spelled_out(group, path) if most else 0
                 self._refuse_bytes(num_bytes)
-        return self._file.read_row_group(group, None if names is None else list(names))
+        return self._file.read_row_group(group, None if names is None else list(names), use_threads=False)
 
     def byte_range(self, group: int) -> tuple[int, int]:
         """Where the bytes of a row group stand."""
@@ -119,10 +120,9 @@ class BoundedParquet:
 
     def _spelled_out(self, group: int, path: str) -> int:
         """Bytes of the words of a column, each as often as it occurs."""
-        file = pq.ParquetFile(
-            pa.PythonFile(self._open_file(), mode="r"), metadata=self.metadata, read_dictionary=[path]
-        )
-        column = file.read_row_group(group, [path]).column(0)
+        source = pa.PythonFile(self._open_file(), mode="r")
+        file = pq.ParquetFile(source, metadata=self.metadata, read_dictionary=[path], pre_buffer=False)
+        column = file.read_row_group(group, [path], use_threads=False).column(0)
         return sum(_word_bytes(chunk) for chunk in column.chunks)
 
     def _refuse_values(self, found: int) -> None:

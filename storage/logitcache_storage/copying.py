@@ -15,6 +15,7 @@ at every moment a cache that a build may be writing: each record comes after wha
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -88,15 +89,8 @@ def copy_cache(
         MismatchError: the target holds another cache.
         CorruptionError: the source is damaged.
     """
-    if source.url.rstrip("/") == target.url.rstrip("/"):
-        raise InputError(f"{source.url} cannot be copied onto itself; give another URL for the copy")
-    commit.load_identity(source)
-    plans = load_plans(source)
-    if plans is None:
-        raise CacheNotFoundError(f"{source.url}: the build has not written its plan yet; let it run, then copy")
-    # A plan that was made since then is left to the next copy, as are the samples that it lists.
-    planned = {plan_path(number) for number in range(len(plans.records))}
-    plan_records = {path: data for path, data in _plan_records(source) if path in planned}
+    _refuse_overlap(source.url, target.url)
+    plans, plan_records = _plans_of(source)
     identity = source.get(commit.IDENTITY_PATH)
     _refuse_another_cache(target, identity, plan_records)
     num_planned = len(join_plans(plans, where=source.url).shard_num_rows)
@@ -251,6 +245,17 @@ class _Budget:
                 self._changed.notify_all()
 
 
+def _plans_of(source: ObjectStore) -> tuple[Plans, dict[str, bytes]]:
+    """The plans of a cache, and their records by path."""
+    commit.load_identity(source)
+    plans = load_plans(source)
+    if plans is None:
+        raise CacheNotFoundError(f"{source.url}: the build has not written its plan yet; let it run, then copy")
+    # A plan that was made since then is left to the next copy, as are the samples that it lists.
+    planned = {plan_path(number) for number in range(len(plans.records))}
+    return plans, {path: data for path, data in _plan_records(source) if path in planned}
+
+
 def _plan_records(store: ObjectStore) -> Iterator[tuple[str, bytes]]:
     paths = store.list("plans")
     yield from zip(paths, store.get_many(paths), strict=True)
@@ -259,6 +264,16 @@ def _plan_records(store: ObjectStore) -> Iterator[tuple[str, bytes]]:
 def _planned_objects(plans: Plans) -> list[ObjectRecord]:
     """What the plans list, each object once."""
     return list({item.path: item for plan in plans.records for item in plan.objects}.values())
+
+
+def _refuse_overlap(source: str, target: str) -> None:
+    """A copy inside its source would be taken for objects of it, and the other way round."""
+    ours, theirs = (url if "://" in url else os.path.realpath(url) for url in (source, target))
+    ours, theirs = (f"{url.rstrip('/')}/" for url in (ours, theirs))
+    if ours == theirs:
+        raise InputError(f"{source} cannot be copied onto itself; give another URL for the copy")
+    if ours.startswith(theirs) or theirs.startswith(ours):
+        raise InputError(f"{source} and {target} lie one inside the other; give a URL of its own for the copy")
 
 
 def _refuse_another_cache(target: ObjectStore, identity: bytes, plans: dict[str, bytes]) -> None:

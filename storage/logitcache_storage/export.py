@@ -50,7 +50,7 @@ PADDED_LOG_PROB = -1e9
 """What the plugin puts where there is no entry: finite, so that zero times it is zero."""
 
 GROUP_VALUES = 1 << 22
-"""Log-probs in a row group, as stored; what is in memory at once is a few times 4 bytes of each."""
+"""Log-probs, or tokens, in a row group; what is in memory at once is a few times 4 bytes of each."""
 FILE_BYTES = 1 << 28
 """A file is closed when it has reached this size."""
 
@@ -102,7 +102,8 @@ def export_cache(
     _clear(output, overwrite)
     to_table, width = LAYOUTS[layout], "num_targets" if layout == "parquet" else "num_tokens"
     k, corpus = cache.identity.k, _corpus_columns(cache)
-    values = getattr(cache.index, width).astype(np.int64) * max(k, 1)
+    # Long prompts may have many more tokens than few targets have log-probs.
+    values = np.maximum(getattr(cache.index, width).astype(np.int64) * max(k, 1), cache.index.num_tokens)
     about = {"layout": layout, "url": cache.store.url, "identity": to_json(cache.identity)}
     files = _Files(output, {b"logitcache": json.dumps(about).encode()})
     num_rows, kept_in_full = 0, True

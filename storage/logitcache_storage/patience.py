@@ -8,6 +8,9 @@ from typing import TypeVar
 
 from logitcache_storage.errors import StoreUnavailableError
 
+STORE_PATIENCE_SECONDS = 900.0
+"""Builds and training runs wait so long for a store that is away: less than ranks wait for each other (30 minutes)."""
+
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 15.0
 

@@ -139,6 +139,7 @@ def build_command(identity: CacheIdentity, url: str) -> str:
     teacher = identity.teacher
     options: Mapping[str, object] = {
         "--teacher": teacher.id,
+        **({"--revision": teacher.revision} if teacher.revision else {}),
         "--data": "...",
         "--cache": url,
         "--engine": teacher.engine,

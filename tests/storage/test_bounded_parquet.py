@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -144,3 +148,28 @@ def test_page_headers_are_what_counts() -> None:
     for change in (b"\xff" * 20, b"\x19" * 20, b"\x00" * 20, b"\x1c" * 20):
         with pytest.raises((ValueError, LookupError)):
             opened(data[:start] + change + data[start + 20 :]).read()
+
+
+READ = """
+import os, sys
+from pathlib import Path
+from logitcache_storage.bounded_parquet import BoundedParquet
+
+path = Path(sys.argv[1])
+file = BoundedParquet(lambda: path.open("rb"), path.stat().st_size)
+before = len(os.listdir("/proc/self/task"))
+assert len(file.read()) == file.metadata.num_rows
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux shows them")
+def test_no_thread_of_arrow_holds_our_bytes(tmp_path):
+    """One that lets go of them while the interpreter ends takes the process with it, by SIGABRT."""
+    path = tmp_path / "table.parquet"
+    path.write_bytes(written(many_kinds()))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", READ, path], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"

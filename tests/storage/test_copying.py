@@ -24,7 +24,7 @@ from logitcache_storage.commit import (
 from logitcache_storage.copying import copy_cache
 from logitcache_storage.errors import CacheNotFoundError, CorruptionError, InputError, MismatchError, StoreError
 from logitcache_storage.garbage import find_garbage
-from logitcache_storage.objects import ObjectStore, open_store
+from logitcache_storage.objects import LocalStore, ObjectStore, open_store
 from logitcache_storage.plans import commit_extension, load_plan, write_samples
 from logitcache_storage.schema import BLOCK_BYTES, CorpusIdentity, ExtensionRecord, PlanRecord
 from logitcache_storage.testing import FlakyStore, _plan_table, make_identity, make_samples, write_cache
@@ -178,6 +178,9 @@ def test_another_cache_at_the_target_is_refused(source: ObjectStore) -> None:
 def test_onto_itself_and_from_nothing(source: ObjectStore) -> None:
     with pytest.raises(InputError, match="cannot be copied onto itself"):
         copy_cache(source, open_store(source.url + "/"))
+    for ours, theirs in ((source, f"{source.url}/inner"), (LocalStore("a/b"), "a/../a"), (LocalStore("a"), "./a/b")):
+        with pytest.raises(InputError, match="lie one inside the other"):
+            copy_cache(ours, open_store(theirs))
     with pytest.raises(CacheNotFoundError):
         copy_cache(new_store(), new_store())
     unplanned = new_store()

@@ -19,6 +19,7 @@ from logitcache_storage.errors import CorruptionError, InputError, StoreError
 from logitcache_storage.export import export_cache
 from logitcache_storage.objects import ObjectStore, open_store
 from logitcache_storage.testing import FlakyStore, make_identity, make_samples, write_cache
+from logitcache_storage.topk import TopKLogProbs
 
 K, V = 5, 30
 SAMPLES, TOPKS = make_samples(20, K, V)
@@ -159,6 +160,18 @@ def test_groups_and_files_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys == [sample.key for sample in cache]
     about = json.loads(files[0].schema_arrow.metadata[b"logitcache"])
     assert about["layout"] == "parquet" and about["identity"]["k"] == K
+
+
+def test_groups_of_long_prompts_and_few_targets_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "GROUP_VALUES", 250)
+    samples = [(np.full(100, i, np.int32), np.array([[99, 100]], np.int32)) for i in range(8)]
+    url, store = new_store().url, new_store()
+    rows = [TopKLogProbs.of_labels(np.full(1, -0.5, np.float32)) for _ in samples]
+    write_cache(url, samples, rows, identity=make_identity(k=0, vocab_size=V, role="reference"))
+    report = export_cache(Cache.open(url), store, "parquet")
+    file = pq.ParquetFile(io.BytesIO(store.get(report.files[0])))
+    assert max(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)) <= 3
+    assert file.read(["input_ids"]).column(0).to_pylist() == [[i] * 100 for i in range(8)]
 
 
 @pytest.mark.parametrize("layout", ["parquet", "axolotl"])

@@ -275,3 +275,5 @@ def test_the_command_that_made_the_cache() -> None:
         " --k 3 --kept-mass 0.9 --precision fp32 --format arrow --shard-rows 30"
     )
     assert build_command(dataclasses.replace(identity, role="reference"), "c").endswith(" 30 --role reference")
+    from_hub = dataclasses.replace(identity, teacher=dataclasses.replace(teacher, revision="abc1234"))
+    assert " --teacher 'my teacher' --revision abc1234 --data " in build_command(from_hub, "c")
