@@ -1,8 +1,11 @@
 """What the views of a cache of a million samples take: loading statistics, sorting, searching, one sample.
 
 The cache has real shards of k = 8, about 10 target tokens a sample and 40 tokens in all, of a vocabulary of 5,000
-made-up words. Everything is measured in a process of its own, whose peak memory is told. `bench_inspect.py make FOLDER`
-keeps the cache, `bench_inspect.py measure FOLDER` measures one.
+made-up words. Everything is measured in a process of its own, whose peak memory is told, and again through the pages of
+`logitcache serve`, with all doubtful labels as CSV behind them. `bench_inspect.py make FOLDER` keeps the cache,
+`bench_inspect.py measure FOLDER` and `bench_inspect.py serve FOLDER` measure one.
+
+On an S3 server pages of samples are asked for, one after the other, and the bytes counted that it sends.
 
 The cost of writing statistics is that of shards of k = 64 with 128 targets a sample, in bytes and in time.
 """
@@ -10,12 +13,17 @@ The cost of writing statistics is that of shards of k = 64 with 128 targets a sa
 from __future__ import annotations
 
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +44,11 @@ from logitcache_storage.samples import SAMPLES_SCHEMA
 from logitcache_storage.schema import CacheIdentity, PlanRecord
 from logitcache_storage.statistics import row_statistics
 from logitcache_storage.statistics_object import dump_statistics, summarise
-from logitcache_storage.testing import make_identity
+from logitcache_storage.testing import make_identity, write_cache
 from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "rehearsal"))
+from bucket import Bucket, free_port, server_command, wait_until_up
 
 NUM_SAMPLES = 1_000_000
 SAMPLES_PER_PART = 65_536
@@ -46,6 +57,10 @@ K = 8
 VOCAB_SIZE = 5000
 RARE = "zyzzyva"
 """A word that one sample has, in the middle."""
+NUM_REMOTE, REMOTE_TARGETS, REMOTE_SHARD_ROWS = 1024, 128, 65_536
+"""Of the cache on S3, k = 64, in two shards."""
+REMOTE_LOOKED_AT = (0, 300, 513, 700, 1023)
+REMOTE_URL, REGION = "s3://corpus/cache", "eu-central-1"
 
 
 def run() -> dict[str, Any]:
@@ -55,7 +70,8 @@ def run() -> dict[str, Any]:
         make(folder)
         seconds = time.perf_counter() - start
         done = subprocess.run([sys.executable, __file__, "measure", folder], stdout=subprocess.PIPE, check=True)
-    found, cost = dict(json.loads(done.stdout)), writing_cost()
+        pages = measure_pages(folder)
+    found, cost, remote = dict(json.loads(done.stdout)), writing_cost(), measure_remote()
     passed = [
         found["peak_gigabytes"] < 1,
         found["seconds"]["sort"] < 1,
@@ -64,12 +80,22 @@ def run() -> dict[str, Any]:
         found["seconds"]["sample"] < 0.3,
         found["seconds"]["page of 50, sorted"] < 2,
         cost["bytes_percent"] < 2,
+        pages["peak_gigabytes"] < 1,
+        pages["seconds"]["overview"] < 2,
+        pages["seconds"]["sample"] < 0.3,
+        pages["seconds"]["sorted"] < 1,
+        pages["seconds"]["search a source"] < 1,
+        pages["seconds"]["first byte of the CSV"] < 1,
+        max(remote["seconds_of_samples"]) < 1,
     ]
     return {
         "making_seconds": round(seconds, 1),
         **found,
+        "served": pages,
+        "served_from_s3": remote,
         "writing": cost,
-        "target": "sort and search 1 s, sample 0.3 s, page 2 s, peak 1 GB; statistics below 2% of the bytes",
+        "target": "sort and search 1 s, sample 0.3 s, page 2 s, peak 1 GB with the CSV, its first byte 1 s; a sample on"
+        " S3 1 s; statistics below 2% of the bytes",
         "passed": all(passed),
     }
 
@@ -240,6 +266,110 @@ def _sample(cache: Cache, index: int) -> dict[str, Any]:
     return sample_data(cache[index], index, cache.vocabulary, rows=rows, top=K)
 
 
+def measure_pages(folder: str) -> dict[str, Any]:
+    """The pages of a server, each asked for once, the CSV last; and the server's peak memory."""
+    seconds: dict[str, float] = {}
+    with _served(folder) as (process, address):
+        seconds["overview"] = _seconds(f"{address}/")
+        _wait_for_statistics(address)
+        seconds["overview with histograms, the first"] = _seconds(f"{address}/")
+        seconds["sample"] = _seconds(f"{address}/samples/777777")
+        seconds["sorted"] = _seconds(f"{address}/samples?sort=min_label_log_prob")
+        seconds["behind a bar, sorted"] = _seconds(f"{address}/samples?sort=doubt&histogram=entropy&bin=20")
+        seconds["search a source"] = _seconds(f"{address}/samples?q=jsonl:{NUM_SAMPLES - 7}")
+        seconds["search a rare text, one step"] = _seconds(f"{address}/samples?q={RARE}")
+        seconds["doubtful, 50 of them"] = _seconds(f"{address}/doubtful")
+        before = _peak_gigabytes(process)
+        start = time.perf_counter()
+        with urllib.request.urlopen(f"{address}/doubtful.csv") as answer:
+            answer.readline()
+            seconds["first byte of the CSV"] = round(time.perf_counter() - start, 3)
+            num_positions = sum(1 for _ in answer)
+        seconds["the CSV"] = round(time.perf_counter() - start, 3)
+        return {
+            "seconds": seconds,
+            "positions_in_the_csv": num_positions,
+            "peak_gigabytes_before_the_csv": before,
+            "peak_gigabytes": _peak_gigabytes(process),
+        }
+
+
+def measure_remote() -> dict[str, Any]:
+    """Seconds of pages of samples on an S3 server, and the bytes that it sent for them."""
+    port = free_port()
+    server = subprocess.Popen(server_command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until_up(server, port)
+        bucket = Bucket("corpus", port, REGION)
+        bucket.create()
+        writer, reader = (bucket.add_user(name, name) for name in ("writer", "reader"))
+        shard_bytes = _write_remote(writer.environment(bucket))
+        with _served(REMOTE_URL, reader.environment(bucket)) as (_, address):
+            _wait_for_statistics(address)
+            _seconds(f"{address}/samples/1")  # modules and templates
+            before = bucket.bytes_read(reader)
+            seconds = [_seconds(f"{address}/samples/{i}") for i in REMOTE_LOOKED_AT]
+            sent = bucket.bytes_read(reader) - before
+    finally:
+        server.terminate()
+        server.wait(10)
+    of_shards = sum(count for path, count in sent.items() if "/shards/" in path)
+    return {
+        "seconds_of_samples": seconds,
+        "bytes_of_shards_a_sample": of_shards // len(REMOTE_LOOKED_AT),
+        "bytes_in_all_a_sample": sent.total() // len(REMOTE_LOOKED_AT),
+        "bytes_of_a_shard": shard_bytes,
+    }
+
+
+def _write_remote(environment: Mapping[str, str]) -> int:
+    """Samples of as many targets as tokens before them; returns the bytes of a shard."""
+    topk, labels = make_rows(np.random.default_rng(0), REMOTE_SHARD_ROWS, 64, VOCAB_SIZE)
+    ranges = np.array([[REMOTE_TARGETS, 2 * REMOTE_TARGETS]], np.int32)
+    samples, topks = [], []
+    for i in range(NUM_REMOTE):
+        at = i * REMOTE_TARGETS % REMOTE_SHARD_ROWS
+        prompt = np.full(REMOTE_TARGETS, i, np.int32)
+        samples.append((np.append(prompt, labels[at : at + REMOTE_TARGETS]), ranges))
+        topks.append(topk[at : at + REMOTE_TARGETS])
+    os.environ |= environment
+    identity = make_identity(k=64, vocab_size=VOCAB_SIZE, shard_rows=REMOTE_SHARD_ROWS)
+    write_cache(REMOTE_URL, samples, topks, identity=identity)
+    objects = Cache.open(REMOTE_URL).shards[0].objects
+    return sum(item.size for item in objects if item.path.startswith("shards/"))
+
+
+@contextmanager
+def _served(url: str, environment: Mapping[str, str] = {}) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    command = [sys.executable, "-m", "logitcache_storage.cli", "serve", url, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://127\S+", process.stdout.readline())
+        assert found is not None
+        yield process, found[0].rstrip("/")
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def _wait_for_statistics(address: str) -> None:
+    while b"data-done" not in urllib.request.urlopen(f"{address}/progress").read():
+        time.sleep(0.05)
+
+
+def _seconds(address: str) -> float:
+    start = time.perf_counter()
+    urllib.request.urlopen(address).read()
+    return round(time.perf_counter() - start, 3)
+
+
+def _peak_gigabytes(process: subprocess.Popen[str]) -> float:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    assert found is not None
+    return round(int(found[1]) * 1024 / 1e9, 2)
+
+
 def writing_cost(num_rows: int = 65_536, k: int = 64, rows_per_sample: int = 128) -> dict[str, Any]:
     """Bytes of a shard with statistics against one without; seconds of making them against `commit_shard` without."""
     rng = np.random.default_rng(0)
@@ -266,4 +396,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["make"]:
         make(sys.argv[2])
     else:
-        print(json.dumps(measure(sys.argv[2]) if sys.argv[1:2] == ["measure"] else run(), indent=1))
+        parts = {"measure": measure, "serve": measure_pages}
+        print(json.dumps(parts[sys.argv[1]](sys.argv[2]) if sys.argv[1:] else run(), indent=1))

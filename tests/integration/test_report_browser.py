@@ -55,6 +55,11 @@ def test_a_report_stands_alone(url, tmp_path, open_alone, scheme, width):
     page.goto(path.as_uri())
     assert said == [path.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    if width < 640:  # rows are cards, and what stands before a value is not broken into letters
+        widths = "cells => cells.map((cell) => parseFloat(getComputedStyle(cell, '::before').width))"
+        assert min(page.locator("table.cards td[data-name]").evaluate_all(widths)) > 24
+        heights = page.locator("svg.plot text").evaluate_all("all => all.map((t) => t.getBoundingClientRect().height)")
+        assert min(heights) > 9
     is_dark = scheme == "dark"
     assert (brightness(page, "body") < 60) is is_dark and (brightness(page, "body", "color") > 190) is is_dark
     bars = page.locator("svg.plot path[fill='var(--bar)']")

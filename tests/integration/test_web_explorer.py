@@ -130,10 +130,11 @@ def test_another_objective_and_another_position(address, caches, open_page):
 
 
 def test_what_is_refused_is_said_in_its_place(address, open_page):
-    page = open_page(f"{address}/explorer?sample=0&row=1")
-    assert page.request.get(f"{address}/explorer/target?sample=0&row=1&eta=7").json()["problem"].startswith("eta of")
-    shown_page = page.request.get(f"{address}/explorer?sample=0&row=1&eta=7")
-    assert shown_page.ok and "eta of objective" in shown_page.text() and 'role="alert"' in shown_page.text()
+    page = open_page(f"{address}/explorer?sample=0&row=1&objective=kl_sft&weight=-1")
+    expect(page.get_by_role("alert")).to_contain_text("weight of objective 'kl_sft' must be")
+    page.locator("#weight").fill("0.2")
+    expect(page.locator("#target caption")).to_contain_text("Q =")
+    expect(page.get_by_role("alert")).to_have_count(0)
 
 
 def test_without_a_script_it_is_a_form(address, caches, open_page):

@@ -61,6 +61,21 @@ def test_files(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"doubts.csv", "weights.parquet"}
 
 
+def test_a_link_stays_a_link(url: str, tmp_path: Path) -> None:
+    table, link = tmp_path / "doubts.csv", tmp_path / "link.csv"
+    link.symlink_to(table)
+    for _ in range(2):  # to a file that is not there yet, and to one that is
+        assert main(["doubtful", url, "--csv", str(link)]) == 0
+        assert link.is_symlink() and table.read_text().startswith("sample,key,")
+        table.write_text("old")
+
+
+def test_a_folder_is_refused_before_anything_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--csv", "--columns"):
+        assert main(["doubtful", "/nowhere", option, str(tmp_path)]) == 2
+        assert f"{option} {tmp_path} is a folder" in capsys.readouterr().err
+
+
 def test_json(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doubtful", url, "--json", "--limit", "2"]) == 0
     data = json.loads(capsys.readouterr().out)

@@ -28,6 +28,7 @@ HOSTILE = ["\x1b[31mred", "[red]bold[/red]", "\u202eevil", "\x07", "\r\n", "\t",
 HOSTILE += ["\u0301", "日本語", "<script>alert(1)</script>", "[link=http://x]", "\x9b31m", "a\u2028b", "'\"", "\x00"]
 WORDS = [*PLAIN, *HOSTILE]
 VOCAB, K = len(WORDS), 6
+LONG_NOTE = "x" * 300 + "end"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def url(tmp_path_factory):
         labels = ids[ranges[0, 0] : ranges[0, 1]]
         topks.append(make_topk(len(labels), K, VOCAB, seed=i, labels=labels))
     identity = make_identity(k=K, vocab_size=VOCAB, shard_rows=1000)
-    columns = {"note": ["plain", "\x1b[2Jgone [red]", "plain"]}
+    columns = {"note": ["plain", "\x1b[2Jgone [red]", LONG_NOTE]}
     write_cache(folder, samples, topks, identity=identity, vocabulary=WORDS, columns=columns)
     return folder
 
@@ -138,6 +139,12 @@ def test_long_samples_are_shortened_and_say_so(url, capsys):
 def width(line):
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
     return len(line) + wide - sum(unicodedata.combining(c) > 0 or unicodedata.category(c) == "Cf" for c in line)
+
+
+def test_a_long_column_of_the_corpus_is_cut(url, capsys):
+    out = shown(capsys, url, "--sample", "2")
+    assert out.count("x") < 200 and "x…" in out and "end" not in out.split("prompt")[0]
+    assert json.loads(shown(capsys, url, "--sample", "2", "--json"))["columns"] == {"note": LONG_NOTE}
 
 
 @pytest.mark.parametrize("words", [[], ["--sample", "0"], ["--sample", "1"], ["--sample", "1", "--top", "6"]])
@@ -234,6 +241,7 @@ def test_bars_and_shades():
         (["--sample", "3"], "no sample '3' in .*; committed samples: 0 to 2; give one of these, or at least 6 hex"),
         (["--sample", "nonsense"], "no sample 'nonsense'"),
         (["--sample", "9" * 5000], "no sample '999"),
+        (["--sample", "9999999"], "committed samples: 0 to 2"),  # which might be a key, too
         (["--sample", "abcdef012345"], "no sample has the key 'abcdef012345'"),
         (["--sample", "0", "--rows", "5:9"], "no row 5 in sample 0, which has 5 rows; give A:B with A from 0 to 4"),
         (["--rows", "7:9"], "no row 7 in .*which has 3 rows"),

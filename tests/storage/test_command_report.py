@@ -129,13 +129,14 @@ def test_an_unfinished_cache_is_reported_as_far_as_it_is(tmp_path, state):
     assert ("Most uncertain samples" in text) is (state == "unfinished")
 
 
-def test_a_damaged_shard_is_a_message_in_the_report(tmp_path):
+def test_a_damaged_shard_is_a_message_in_the_report(tmp_path, capsys):
     url = write(tmp_path / "cache")
     for shard in Path(url).glob("shards/*"):
         for data in [path for path in shard.rglob("*") if path.is_file() and path.name != "zarr.json"]:
             data.write_bytes(bytes(len(data.read_bytes())))
-    page = Elements(report(url, tmp_path / "r.html"))
+    page = Elements(report(url, tmp_path / "r.html", status=1))
     assert "crc32c" in page.text and "Target tokens" in page.text
+    assert "logitcache report: " in (said := capsys.readouterr()).err and "crc32c" in said.err and "KB" in said.out
 
 
 def test_of_labels_alone_nothing_is_made_up(tmp_path, capsys):
@@ -155,7 +156,7 @@ def test_damaged_samples_are_a_message_in_the_report(tmp_path):
     whole = report(url, tmp_path / "r.html")
     for path in Path(url).glob("samples/*.parquet"):
         path.write_bytes(bytes(path.stat().st_size))
-    page = Elements(report(url, tmp_path / "r.html"))
+    page = Elements(report(url, tmp_path / "r.html", status=1))
     assert "crc32c" in page.text and page.text.count("crc32c") < 10 and "test:" in whole
     assert re.search(r"[\d.]+\s+nats mean label log-prob", page.text)
 

@@ -7,6 +7,8 @@ import dataclasses
 import io
 import itertools
 import math
+import threading
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,17 @@ import pytest
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import CorruptionError, InputError
+from logitcache_storage.inspect import doubtful_reading
 from logitcache_storage.inspect.doubtful import (
     CSV_COLUMNS,
-    DoubtfulPosition,
     csv_lines,
+    csv_parts,
     doubtful_positions,
+    parquet_parts,
     write_columns,
     write_csv,
 )
+from logitcache_storage.inspect.doubtful_reading import DoubtfulPosition, Reading
 from logitcache_storage.objects import open_store
 from logitcache_storage.progress import progress
 from logitcache_storage.sample_statistics import SampleTable, load_statistics
@@ -73,7 +78,7 @@ def test_against_a_loop(cache: Cache, table: SampleTable, min_probability: float
     assert found.num_samples == len({index for _, _, index, _ in expected})
     for limit in (0, 1, 5, 40):
         first = doubtful_positions(cache, table, min_probability=min_probability, limit=limit)
-        assert first.positions == found.positions[:limit]
+        assert list(first.positions) == list(found.positions[:limit])
         assert first.is_complete == (len(expected) <= limit)
         assert first.num_samples == found.num_samples
     assert min_probability == 1.0 or found.positions
@@ -138,6 +143,34 @@ def test_a_spreadsheet(cache: Cache, table: SampleTable) -> None:
     assert {"'=1+1", "'-2", "'@x", "a,b", '"', r"\n", SPACE, r"\x1b[2J"} <= labels
 
 
+def test_files_are_sent_while_they_are_made(
+    cache: Cache, table: SampleTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.parquet"
+    write_columns(cache, table, path, min_probability=0.3)
+    found = doubtful_positions(cache, table, min_probability=0.3, limit=None)
+    reads = reads_of(monkeypatch)
+    parts = csv_parts(Reading(cache, table, 0.3))
+    assert next(parts) == ",".join(CSV_COLUMNS) + "\n" and not reads
+    assert next(parts) == "" and reads
+    assert "".join(parts) == "".join(itertools.islice(csv_lines(found.positions), 1, None))
+    assert b"".join(parquet_parts(Reading(cache, table, 0.3))) == path.read_bytes()
+
+
+def test_whoever_leaves_stops_the_reading(cache: Cache, table: SampleTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doubtful_reading, "ROWS_AT_ONCE", 1)  # and so as many runs as samples
+    monkeypatch.setattr(doubtful_reading, "NUM_READERS", 1)
+    reads, go_on = reads_of(monkeypatch), threading.Semaphore(2)
+    read = Cache.read
+    monkeypatch.setattr(Cache, "read", lambda self, indices: (go_on.acquire(timeout=10), read(self, indices))[1])
+    parts = csv_parts(Reading(cache, table, 0.01))
+    assert next(parts) and next(parts) == ""
+    go_on.release()
+    assert isinstance(parts, Generator)
+    parts.close()
+    assert len(reads) <= 3 < len(cache)
+
+
 @pytest.mark.parametrize("min_probability", [0.3, 1.0])
 def test_weights_for_training(cache: Cache, table: SampleTable, tmp_path: Path, min_probability: float) -> None:
     path = tmp_path / "doubts.parquet"
@@ -167,10 +200,13 @@ def test_what_cannot_be_read(cache: Cache, tmp_path: Path) -> None:
     in_shard = {p for p in map(key_of, good.positions) if opened.index.shard[p[2]] == 1}
     assert in_shard and set(map(key_of, good.positions)) - in_shard == set(map(key_of, found.positions))
     assert len(found.problems) == 1 and "shards/00001-" in found.problems[0]
+    *lines, last = csv.reader("".join(csv_parts(Reading(opened, table, 0.5))).splitlines())
+    assert len(lines) == 1 + len(found.positions) and last == [f"NOT READ: {found.problems[0]}"]
     with pytest.raises(CorruptionError, match="shards/00001-"):
         write_columns(opened, table, str(tmp_path / "weights.parquet"), min_probability=0.5)
     table = load_statistics(opened)
-    assert doubtful_positions(opened, table, min_probability=0.5, limit=None).positions == found.positions
+    again = doubtful_positions(opened, table, min_probability=0.5, limit=None)
+    assert list(again.positions) == list(found.positions)
     with pytest.raises(CorruptionError, match=r"not every sample is known: .*shards/00001-"):
         write_columns(opened, table, str(tmp_path / "weights.parquet"), min_probability=0.5)
 

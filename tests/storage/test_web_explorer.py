@@ -84,7 +84,7 @@ def test_text_of_a_corpus_is_text(folders):
         ("objective=%3Cb%3E", 400, "objective is &#39;&lt;b&gt;&#39;"),
         ("teacher=third", 400, "teacher is &#39;third&#39;"),
         ("eta=x", 400, "eta is &#39;x&#39;"),
-        ("eta=2", 200, "eta of objective &#39;target_sft&#39; must be a number in [0, 1]"),
+        ("objective=kl_sft&weight=-1", 200, "weight of objective &#39;kl_sft&#39; must be a number"),
         ("p_label=0", 200, "between 0 and 1, got 0"),
     ],
 )
@@ -101,6 +101,15 @@ def test_a_student_by_hand_needs_no_second_cache(folders):
     for outcome in answer["outcomes"]:
         assert outcome["target"] == pytest.approx(outcome["is_label"] * 0.125 + 0.875 * outcome["student"])
     assert answer["p_label"] == pytest.approx(0.125)
+
+
+def test_eta_goes_beyond_its_range_and_says_so(folders):
+    address = "/explorer/target?sample=3&row=0&eta="
+    within, beyond = (client_of(*folders).get(f"{address}{eta}").json() for eta in (1, 1.5))
+    assert "--extrapolate" in beyond["table"] and "--extrapolate" not in within["table"]
+    known = [o for o in beyond["outcomes"] if not (o["is_label"] or o["assumed"] or o["token"] is None)]
+    shares = [o["residual"] / (o["student"] ** -0.5 * o["teacher"] ** 1.5) for o in known]
+    assert len(shares) > 1 and shares == pytest.approx([shares[0]] * len(shares), rel=1e-5)
 
 
 def test_damage_of_the_second_cache_leaves_the_first(tmp_path, folders):

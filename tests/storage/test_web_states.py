@@ -61,6 +61,20 @@ def test_a_damaged_shard_is_a_message_and_the_pages_live_on(tmp_path):
     assert listed(client.get("/samples").text + client.get("/samples?page=2").text) == list(range(30))
 
 
+def test_doubtful_labels_of_what_is_left(tmp_path):
+    samples, topks = make_samples(30, K, VOCAB)
+    write_cache(str(tmp_path), samples, topks, identity=IDENTITY)
+    for path in [path for path in (tmp_path / "shards").rglob("*") if path.is_file() and "00001-" in str(path)]:
+        path.write_bytes(bytes(path.stat().st_size))
+    client = client_of(tmp_path)
+    page = client.get("/doubtful?min_probability=0.1").text
+    assert page.count("crc32c") == 1 and 'href="/doubtful.csv' in page and 'href="/doubtful.parquet' not in page
+    lines = client.get("/doubtful.csv?min_probability=0.1").text.splitlines()
+    assert lines[-1].startswith('"NOT READ: ') and "shards/00001-" in lines[-1] and len(lines) > 2
+    answer = client.get("/doubtful.parquet?min_probability=0.1")
+    assert answer.status_code == 500 and "not every sample is known" in answer.text
+
+
 def test_pages_wait_for_no_statistics(tmp_path):
     samples, topks = make_samples(30, K, VOCAB)
     write_cache(str(tmp_path), samples, topks, identity=IDENTITY)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from logitcache_storage.cache import Cache
-    from logitcache_storage.inspect.doubtful import DoubtfulPosition, DoubtfulPositions
+    from logitcache_storage.inspect.doubtful_reading import DoubtfulPositions, Positions
     from logitcache_storage.sample_statistics import SampleTable
 
 MIN_PROBABILITY = 0.9
@@ -45,10 +43,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=count_of("positions"),
         help=f"name the N surest (default: {POSITIONS_SHOWN}; all with --csv and --json)",
     )
-    parser.add_argument("--csv", metavar="FILE", help="write them as CSV instead; replaces the file")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="write them as CSV instead; replaces the file")
     parser.add_argument(
         "--columns",
         metavar="FILE.parquet",
+        type=Path,
         help="write a weight for every target token instead, 0 where the label is doubtful and 1 elsewhere, for"
         " 'logitcache train --columns'; replaces the file",
     )
@@ -61,16 +60,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Print or write what is doubtful; status 1 where a shard could not be read."""
     from logitcache_storage.cache import Cache
-    from logitcache_storage.progress import progress
-    from logitcache_storage.sample_statistics import load_statistics
-    from logitcache_storage.stats import total
+    from logitcache_storage.commands.outputs import check_file, read_statistics
 
-    for path in (args.csv, args.columns):
-        _check_folder(path)
+    for option, path in (("--csv", args.csv), ("--columns", args.columns)):
+        if path is not None:
+            check_file(path, option)
     cache = Cache.open(args.url, args.storage_options)
-    num_rows = total(cache.shards).num_rows
-    with progress("reading statistics", total=num_rows, unit="rows") as meter:
-        table = load_statistics(cache, progress=lambda done, _: meter.advance(done - meter.completed))
+    table = read_statistics(cache)
     if args.columns is not None:
         _write_columns(cache, table, args)
     if args.columns is not None and args.csv is None and not args.json:
@@ -113,10 +109,11 @@ def _list(cache: Cache, table: SampleTable, args: Namespace) -> int:
 
 
 def _write_columns(cache: Cache, table: SampleTable, args: Namespace) -> None:
+    from logitcache_storage.commands.outputs import replaced
     from logitcache_storage.inspect.doubtful import write_columns
     from logitcache_storage.progress import progress
 
-    with _replaced(args.columns) as path, progress("weights", total=len(cache), unit="samples") as meter:
+    with replaced(args.columns) as path, progress("reading samples", unit="samples") as meter:
         count = write_columns(
             cache, table, path, min_probability=args.min_probability, name=args.column_name, meter=meter
         )
@@ -125,41 +122,25 @@ def _write_columns(cache: Cache, table: SampleTable, args: Namespace) -> None:
         print("train on all others with 'logitcache train --objective critical_tokens --columns FILE ...'")
 
 
-def _write_csv(found: DoubtfulPositions, path: str) -> None:
+def _write_csv(found: DoubtfulPositions, path: Path) -> None:
+    from logitcache_storage.commands.outputs import replaced
     from logitcache_storage.inspect.doubtful import write_csv
 
-    with _replaced(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+    with replaced(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         write_csv(found.positions, file)
-
-
-def _check_folder(path: str | None) -> None:
-    """Refuse what cannot be written before anything is read."""
-    from logitcache_storage.errors import InputError
-
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise InputError(f"{path}: there is no folder {Path(path).absolute().parent}; make it, or choose another file")
-
-
-@contextmanager
-def _replaced(path: str) -> Iterator[Path]:
-    """A file that takes the place of `path` when the block has ended well."""
-    from logitcache_storage.errors import InputError
-
-    part = Path(f"{path}.part")
-    try:
-        yield part
-        part.replace(path)
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written: {e.strerror or e}") from e
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _data(cache: Cache, found: DoubtfulPositions, min_probability: float) -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {"url": cache.store.url, "min_probability": min_probability, **asdict(found)}
+    return {
+        "url": cache.store.url,
+        "min_probability": min_probability,
+        "positions": list(map(asdict, found.positions)),
+        "num_samples": found.num_samples,
+        "is_complete": found.is_complete,
+        "problems": found.problems,
+    }
 
 
 def _show(cache: Cache, found: DoubtfulPositions, min_probability: float) -> None:
@@ -178,7 +159,7 @@ def _show(cache: Cache, found: DoubtfulPositions, min_probability: float) -> Non
     show(open_console(), *items)
 
 
-def _table(positions: tuple[DoubtfulPosition, ...]) -> Table:
+def _table(positions: Positions) -> Table:
     import math
 
     from rich.table import Table

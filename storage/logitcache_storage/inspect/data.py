@@ -39,7 +39,8 @@ def find_sample(cache: Cache, which: str) -> int:
     is_index = which.removeprefix("-").isdecimal() and len(which) <= MAX_INDEX_DIGITS
     if is_index and -len(cache) <= int(which) < len(cache):
         return int(which) % len(cache)
-    if MIN_KEY_DIGITS <= len(which) <= KEY_DIGITS and all(c in "0123456789abcdefABCDEF" for c in which):
+    is_key = MIN_KEY_DIGITS <= len(which) <= KEY_DIGITS and all(c in "0123456789abcdefABCDEF" for c in which)
+    if is_key and (not is_index or cache.indices_of(which)):
         return cache.index_of(which)
     there = f"0 to {len(cache) - 1}" if len(cache) else "none yet"
     raise InputError(

@@ -30,6 +30,9 @@ MARKS = "⟦", "⟧"
 MAX_TEXT = 1200
 """Characters of a prompt that are shown: its beginning and its end."""
 
+MAX_VALUE = 160
+"""Characters of a column of the corpus that are shown: two lines or three; `--json` has all of it."""
+
 BAR_WIDTH = 5
 
 
@@ -89,8 +92,12 @@ def _sample_facts(sample: dict[str, Any]) -> Facts:
         (f"sample {sample['index']}", f"{sample['source_id']}, key {sample['key']}"),
         ("tokens", f"{sample['num_tokens']:,}, {sample['num_targets']:,} of them targets"),
         ("mean label log-prob", f"{mean:.4f} nats, perplexity {math.exp(min(-mean, 700.0)):,.2f}"),
-        *((name, str(value)) for name, value in sample["columns"].items()),
+        *((name, _beginning(str(value))) for name, value in sample["columns"].items()),
     ]
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
 
 
 def _draw_text(segments: Sequence[dict[str, Any]], label_log_probs: Sequence[float], colour: bool) -> Table:

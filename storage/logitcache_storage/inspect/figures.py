@@ -92,6 +92,7 @@ def histogram(title: str, unit: str, bars: Sequence[Bar]) -> Figure:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(LINE)
     axes.tick_params(length=0, colors=DIM, labelsize=7.5)
+    axes.tick_params(axis="x", pad=6)  # the first name begins below the zero of the other axis
     axes.set_title(_verbatim(title), loc="left", color=INK, fontsize=9.5, pad=6)
     axes.set_xlabel(_verbatim(unit), color=DIM, fontsize=8, labelpad=2)
     return figure

@@ -50,8 +50,17 @@ class Example:
     problem: str
 
 
-def report(cache: Cache, table: SampleTable) -> str:
-    """The report as one HTML document; nothing in it loads anything, and equal caches give equal bytes.
+@dataclass(frozen=True)
+class Report:
+    """A cache in one HTML document; nothing in it loads anything, and equal caches give equal bytes."""
+
+    html: str
+    problems: tuple[str, ...]
+    """What could not be read, and why; the document says it, too."""
+
+
+def report(cache: Cache, table: SampleTable) -> Report:
+    """Draw it.
 
     Args:
         cache: what it is about.
@@ -63,8 +72,10 @@ def report(cache: Cache, table: SampleTable) -> str:
     found = overview(cache, table)
     doubtful = doubtful_positions(cache, table, limit=NUM_DOUBTFUL)
     uncertain, problems = _uncertain(cache, table)
+    examples = [_example(cache, title, index) for title, index in _choose(table).items()]
+    known = list(dict.fromkeys([*table.problems.values(), *doubtful.problems, *problems]))
     page = templates().get_template("report.html")
-    return page.render(
+    html = page.render(
         style=style(*STYLE_SHEETS),
         found=found,
         facts=identity_facts(cache.identity),
@@ -74,11 +85,13 @@ def report(cache: Cache, table: SampleTable) -> str:
         contexts=[_context(cache, item.index, item.position) for item in doubtful.positions],
         min_probability=DEFAULT_MIN_PROBABILITY,
         uncertain=uncertain,
-        examples=[_example(cache, title, index) for title, index in _choose(table).items()],
+        examples=examples,
         legend=legend("label"),
-        problems=list(dict.fromkeys([*table.problems.values(), *doubtful.problems, *problems])),
+        problems=known,
         max_text=MAX_TEXT,
     )
+    of_examples = [example.problem for example in examples if example.problem]
+    return Report(html, tuple(dict.fromkeys([*known, *of_examples])))
 
 
 def plots(found: Overview) -> dict[str, bytes]:
@@ -128,7 +141,9 @@ def _uncertain(cache: Cache, table: SampleTable) -> tuple[list[dict[str, Any]], 
         except CorruptionError as e:
             problems.append(str(e))
             continue
-        excerpt = _on_one_line(cache.vocabulary.decode(ids[targets[: 2 * CONTEXT_TOKENS]].tolist()))[:MAX_TEXT]
+        text = _on_one_line(cache.vocabulary.decode(ids[targets[: 2 * CONTEXT_TOKENS]].tolist()))
+        is_cut = len(targets) > 2 * CONTEXT_TOKENS or len(text) > MAX_TEXT
+        excerpt = text[:MAX_TEXT] + ("…" if is_cut else "")
         found.append({"source_id": about["source_id"], "excerpt": excerpt, **table.facts(index)})
     return found, problems
 

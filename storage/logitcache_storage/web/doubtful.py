@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
-from functools import partial
-from itertools import islice
+import logging
+from collections.abc import Iterator
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from logitcache_storage.cache import Cache
-from logitcache_storage.errors import InputError
-from logitcache_storage.inspect.doubtful import (
-    DEFAULT_MIN_PROBABILITY,
-    DoubtfulPosition,
-    csv_lines,
-    doubtful_positions,
-    write_columns,
-)
+from logitcache_storage.errors import InputError, LogitCacheError
+from logitcache_storage.inspect.doubtful import DEFAULT_MIN_PROBABILITY, csv_parts, doubtful_positions, parquet_parts
+from logitcache_storage.inspect.doubtful_reading import DoubtfulPosition, Reading
 from logitcache_storage.sample_statistics import SampleTable
 from logitcache_storage.web.page import Page, Query, link, render, site_of
 from logitcache_storage.web.site import Side, sample_name
 
+log = logging.getLogger(__name__)
+
 STEP = 50
 """Positions on a page, and how many more are shown at a time."""
 MOST_SHOWN = 1000
-PART_BYTES, PART_LINES = 1 << 18, 1000
-"""Of a download, sent at a time."""
 TOKENS_BEFORE, CHARACTERS_BEFORE = 16, 48
 """Of the text before a label."""
 
@@ -46,6 +40,7 @@ def show(request: Request) -> Response:
         title="Doubtful labels",
         side=side,
         found=found,
+        problems=[problem for problem in found.problems if problem not in side.table.problems.values()],
         threshold=threshold,
         name_of=lambda item: sample_name(item.index, item.key),
         before=lambda item: _before(side.cache, item),
@@ -58,27 +53,34 @@ def show(request: Request) -> Response:
 
 def download_csv(request: Request) -> Response:
     """All of them, a line each."""
-    side = site_of(request).first
-    table, threshold = _table(side), _threshold(Query(request))
-    found = doubtful_positions(side.cache, table, min_probability=threshold, limit=None)
-    headers = {"content-disposition": 'attachment; filename="doubtful.csv"'}
-    lines = csv_lines(found.positions)
-    parts = iter(lambda: "".join(islice(lines, PART_LINES)), "")
-    return StreamingResponse(parts, media_type="text/csv", headers=headers)
+    parts = csv_parts(_reading(request))
+    return _download((part.encode("utf-8", "backslashreplace") for part in parts), "doubtful.csv", "text/csv")
 
 
 def download_column(request: Request) -> Response:
     """A weight for every target token, 0 where its label is doubtful."""
+    return _download(parquet_parts(_reading(request)), "doubtful.parquet", "application/vnd.apache.parquet")
+
+
+def _reading(request: Request) -> Reading:
     side = site_of(request).first
-    table, threshold = _table(side), _threshold(Query(request))
-    # It has no name, so nothing stays behind, however the download ends.
-    file = tempfile.TemporaryFile()  # noqa: SIM115
-    write_columns(side.cache, table, file, min_probability=threshold)
-    size = file.tell()
-    file.seek(0)
-    headers = {"content-disposition": 'attachment; filename="doubtful.parquet"', "content-length": str(size)}
-    parts = iter(partial(file.read, PART_BYTES), b"")
-    return StreamingResponse(parts, media_type="application/vnd.apache.parquet", headers=headers)
+    return Reading(side.cache, _table(side), _threshold(Query(request)))
+
+
+def _download(parts: Iterator[bytes], name: str, media_type: str) -> Response:
+    """A file that is sent while it is made; one that cannot be ended is cut off, which a browser tells its user."""
+    first = next(parts)  # what is known to be wrong by now becomes a page
+
+    def sent() -> Iterator[bytes]:
+        yield first
+        try:
+            yield from parts
+        except LogitCacheError as e:
+            log.error("%s: %s", name, e)
+            raise
+
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(sent(), media_type=media_type, headers=headers)
 
 
 def _before(cache: Cache, item: DoubtfulPosition) -> str:

@@ -6,7 +6,7 @@ torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,6 +54,7 @@ class Explorer(Protocol):
         vocab_size: int,
         p_label: float | None,
         columns: Mapping[str, float],
+        extrapolate: bool,
     ) -> dict[str, Any]:
         """Student, caches, residual, target and gradient at one position."""
         ...
@@ -96,6 +97,15 @@ class Setting:
     def label(self) -> int:
         """The observed token."""
         return int(self.place.sample.labels[self.row])
+
+    @property
+    def beyond(self) -> list[str]:
+        """Parameters outside their range that an objective takes there where it is told to extrapolate."""
+        return [
+            about["name"]
+            for about in self.objective["parameters"]
+            if about["extrapolates"] and not about["low"] <= self.parameters[about["name"]] <= about["high"]
+        ]
 
     def side(self, name: str) -> TopKLogProbs:
         """The position in the cache that plays this part."""
@@ -230,6 +240,7 @@ def evaluate(site: Site, explorer: Explorer, setting: Setting) -> dict[str, Any]
         vocab_size=max(cache.identity.vocab_size for cache in caches),
         p_label=setting.p_label,
         columns=setting.columns,
+        extrapolate=bool(setting.beyond),
     )
     for outcome in found["outcomes"]:
         outcome["is_label"] = outcome["label"] == 1
@@ -243,7 +254,7 @@ def evaluate(site: Site, explorer: Explorer, setting: Setting) -> dict[str, Any]
         Series("target", "target Q", "target"),
         Series("gradient", "gradient p - Q", "gradient", is_signed=True),
     ]
-    return {**found, "table": distribution(found["outcomes"], series, _in_words(found))}
+    return {**found, "table": distribution(found["outcomes"], series, _in_words(found, setting.beyond))}
 
 
 def controls(request: Request, setting: Setting, p_label: float | None) -> list[Control]:
@@ -270,11 +281,12 @@ def _control(
     return Control(name, title, meaning, value, low, high, step, given.get(name, ""))
 
 
-def _in_words(found: Mapping[str, Any]) -> str:
+def _in_words(found: Mapping[str, Any], beyond: Sequence[str]) -> str:
     parts = [f"{value:+.4g} {atom}" for atom, value in found["coefficients"].items() if abs(value) > 1e-9]
     mixture = " ".join(f"{part[0]} {part[1:]}" for part in parts).removeprefix("+ ")
     rest = "" if found["gamma"] < 1 - 1e-9 else ", so that there is no residual"
-    return f"Q = {mixture}; the label's weight gamma is {found['gamma']:.4g}{rest}"
+    needs = f"; {', '.join(beyond)} beyond its range, which training takes with --extrapolate" if beyond else ""
+    return f"Q = {mixture}; the label's weight gamma is {found['gamma']:.4g}{rest}{needs}"
 
 
 PAGE = Page("explorer", "Target explorer", (Route("/explorer", show), Route("/explorer/target", show_target)))

@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 
+import pyarrow as pa
 import uvicorn
 
 from logitcache_storage.errors import InputError
@@ -45,6 +46,8 @@ def serve(site: Site, listener: socket.socket, host: str) -> None:
         listener: of `bind`.
         host: as it was asked for.
     """
+    # Arrow's own allocator takes almost twice the bytes of the tables that are kept among others that come and go.
+    pa.set_memory_pool(pa.system_memory_pool())
     port = listener.getsockname()[1]
     access = access_for(host, port)
     config = uvicorn.Config(
@@ -80,7 +83,8 @@ def _load_explorer() -> None:
 
 def _leave_waiting_requests() -> None:
     """End the process now where requests still wait for a store: Python would wait with them, for minutes."""
-    workers = [thread for thread in threading.enumerate() if thread.name.startswith("AnyIO worker")]
+    names = ("AnyIO worker", "ThreadPoolExecutor")
+    workers = [thread for thread in threading.enumerate() if thread.name.startswith(names)]
     for thread in workers:
         thread.join(GRACE_SECONDS / len(workers))
     if any(thread.is_alive() for thread in workers):
