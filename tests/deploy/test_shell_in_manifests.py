@@ -13,6 +13,7 @@ import pytest
 from deployed import manifests, one, site
 
 from logitcache_pipeline.worker import ScoringWorker
+from logitcache_storage.errors import InputError
 
 
 def write_program(path: Path) -> None:
@@ -23,8 +24,8 @@ def write_program(path: Path) -> None:
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """Of a shell whose ray and torchrun only write down how they were called."""
-    for name in ("ray", "torchrun"):
+    """Of a shell whose ray and python only write down how they were called."""
+    for name in ("ray", "python"):
         write_program(tmp_path / name)
     return {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log")}
 
@@ -35,7 +36,11 @@ def test_the_first_pod_of_the_student_hosts_the_rendezvous_and_no_other(environm
     from torch.distributed.run import parse_args
 
     objects = manifests("aws")
-    container = one(objects, "Job", "student")["spec"]["template"]["spec"]["containers"][0]
+    job = one(objects, "Job", "student")["spec"]
+    container = job["template"]["spec"]["containers"][0]
+    # What a rank refuses, no other try would change.
+    on_exit = [rule["onExitCodes"] for rule in job["podFailurePolicy"]["rules"] if rule["action"] == "FailJob"]
+    assert on_exit == [{"containerName": container["name"], "operator": "In", "values": [InputError.exit_status]}]
     # As Kubernetes does: a name that it does not know stays, brackets and all.
     known = site(objects)
     words = [
@@ -43,7 +48,9 @@ def test_the_first_pod_of_the_student_hosts_the_rendezvous_and_no_other(environm
         for word in (*container["command"], *container["args"])
     ]
     subprocess.run(words, env={**environment, "JOB_COMPLETION_INDEX": str(index)}, check=True)
-    args = parse_args(Path(environment["LOG"]).read_text().splitlines())
+    called = Path(environment["LOG"]).read_text().splitlines()
+    assert called[:2] == ["-m", "logitcache_train.launch"]
+    args = parse_args(called[2:])
     assert (args.nnodes, args.module, args.training_script) == (known["NODES"], True, "logitcache_train")
     config = dict(pair.split("=") for pair in args.rdzv_conf.split(","))
     parameters = RendezvousParameters(args.rdzv_backend, args.rdzv_endpoint, args.rdzv_id, 1, 2, **config)

@@ -1,6 +1,7 @@
 """`logitcache evaluate` as users type it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,13 @@ def test_the_seed_and_not_the_batch_size_decides(words, tmp_path, capsys):
 def test_a_single_problem_has_no_standard_error_and_still_an_interval(words, tmp_path, capsys):
     found = report([*words, "--limit", "1", "--output", str(tmp_path / "one.json")], capsys)
     assert found["standard_error"] is None and found["confidence_95"][0] < found["confidence_95"][1]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder where even root cannot write")
+def test_what_was_found_is_said_even_where_it_cannot_be_written(words, capsys):
+    assert main([*words, "--limit", "1", "--output", "/proc/self/found.json"]) == 1
+    said = capsys.readouterr()
+    assert "greedy" in said.out and "/proc/self/found.json: cannot be written:" in said.err
 
 
 def test_answers_can_be_compared_as_mathematics(student, tmp_path, capsys):

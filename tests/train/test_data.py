@@ -70,7 +70,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(cache, monkeypatch, capl
     assert samples[17].topks["teacher"][0].equals(expected)
     assert caplog.text.count("no answer; check the network") == caplog.text.count("again, for 15 minutes at most") == 3
     failures = itertools.repeat(True)
-    monkeypatch.setattr("logitcache_train.data.STORE_SECONDS", 0.01)
+    monkeypatch.setattr("logitcache_train.data.STORE_PATIENCE_SECONDS", 0.01)
     with pytest.raises(StoreUnavailableError, match="no answer"):
         CachedSamples({"teacher": [opened]}, objective("kd"), window_shards=2)[3]
 
@@ -209,11 +209,28 @@ def test_the_sequence_column_tells_samples_of_a_micro_batch_apart(cache):
     assert [set(s.columns["sequence"].tolist()) for s in micro.samples] == [{i} for i in range(len(micro.samples))]
 
 
-def test_token_ids_beyond_the_student_are_refused(cache):
+def test_token_ids_beyond_the_student_are_refused(tmp_path, cache):
     samples = CachedSamples({"teacher": [cache]}, objective("sft"), window_shards=3)
     samples.check_token_ids(V, student="s")
     with pytest.raises(MismatchError, match=r"sample [0-9a-f]{32} has the token id \d+, and s has 20 tokens"):
         samples.check_token_ids(20, student="s")
+
+    highest = [int(cache[i].input_ids.max()) for i in range(len(cache))]
+    owners = {cache[i].key for i in range(len(cache)) if highest[i] == V - 1}
+    with pytest.raises(MismatchError, match=rf"sample ({'|'.join(owners)}) has the token id {V - 1}, and s has"):
+        samples.check_token_ids(V - 1, student="s")
+    # Samples that are left out are no reason to refuse a student.
+    made = make_samples(len(cache), K, V)
+    fitting = [i for i in range(len(cache)) if highest[i] < V - 1]
+    write_cache(
+        str(tmp_path), *([part[i] for i in fitting] for part in made), identity=make_identity(vocab_size=V, k=K)
+    )
+    caches = {"reference": [cache], "teacher": [Cache.open(str(tmp_path))]}
+    left = CachedSamples(caches, objective("kd"), window_shards=3, missing="drop")
+    left.check_token_ids(V - 1, student="s")
+    with pytest.raises(MismatchError, match=f"{max(highest[i] for i in fitting)}, and s has 20 tokens") as refused:
+        left.check_token_ids(20, student="s")
+    assert any(cache[i].key in str(refused.value) for i in fitting)
 
 
 def test_the_order_fingerprint_follows_the_committed_shards(tmp_path, cache):

@@ -10,8 +10,9 @@ from logitcache_train.ranks import is_said_by_another
 
 RANK = """
 import sys
-from logitcache_train.ranks import is_said_by_another
-print("" if is_said_by_another(sys.argv[1]) else sys.argv[1], flush=True)
+from logitcache_train import ranks
+ranks.PATIENCE = 0.0
+print("" if ranks.is_said_by_another(sys.argv[1]) else sys.argv[1], flush=True)
 sys.stdin.read()
 """
 

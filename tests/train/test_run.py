@@ -123,6 +123,15 @@ def test_a_cache_that_is_not_read_is_said_so(run, made, tmp_path, capfd):
     assert "objective 'dft' reads no distribution of the teacher cache" in capfd.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_student_is_loaded(run, made, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match=rf"--output {file} is a file, expected a folder"):
+        run(made, file)
+    with pytest.raises(InputError, match=rf"--output {file}/below: {file} is no folder that can be written"):
+        run(made, file / "below", student=tmp_path / "nowhere")
+
+
 def test_tensorboard_gets_what_is_logged(run, made, held_out, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     options = {"report_to": "tensorboard", "eval_cache": held_out, "eval_strategy": "steps", "eval_steps": 2}
@@ -152,7 +161,7 @@ def test_wandb_gets_what_is_logged(run, made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["psft", "iw_sft"])
-def test_objectives_that_read_labels_alone_train_from_a_cache_without_ids(run, plain, tmp_path, name):
+def test_objectives_that_read_labels_alone_train_from_a_cache_without_ids(run, plain, tmp_path, capfd, name):
     """As from one with ids: the same losses to the last bit, and the same held-out metrics."""
     cache = Cache.open(plain.cache)
     samples = [(sample.input_ids, _ranges(sample.target_positions)) for sample in cache]
@@ -167,6 +176,9 @@ def test_objectives_that_read_labels_alone_train_from_a_cache_without_ids(run, p
     assert losses(logs[bare]) == losses(logs[plain.cache]) and len(losses(logs[bare])) == 3
     held_out = [next(entry for entry in log if "eval_loss" in entry) for log in logs.values()]
     assert held_out[0]["eval_loss"] == held_out[1]["eval_loss"]
+    said = capfd.readouterr().err
+    assert said.count(f"{plain.cache} was built as teacher, and is read as reference here") == 1
+    assert f"{bare} was built as" not in said
 
 
 @pytest.mark.parametrize(("name", "role"), [("kl_sft", "reference"), ("target_sft", "teacher"), ("kd", "teacher")])

@@ -71,14 +71,14 @@ def test_a_configuration_file_gives_what_the_command_line_leaves_open(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
         "student: base\ncache: {teacher: ./t, reference: s3://b/r}\nobjective: asft\noutput: out\nweight: 0.3\n"
-        "learning_rate: 1e-3\nbf16: false\nbatch-tokens: 100\nmax_steps: 7\nlr_scheduler_kwargs: {a: 1}\n"
-        "packing: null\n"
+        "learning_rate: 1e-3\nbf16: false\nbatch-tokens: 100\nmax_steps: 7\npacking: null\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 1}\n"
     )
     found = parse("--config", str(path), "--max_steps", "9", "--output", "other", "--batch_tokens", "50")
     assert dict(found.caches) == {"teacher": ("./t",), "reference": ("s3://b/r",)}
     assert found.objective.values == {"weight": 0.3}
     assert (found.arguments.learning_rate, found.arguments.max_steps, found.batch_tokens) == (1e-3, 9, 50)
-    assert str(found.output) == "other" and found.arguments.lr_scheduler_kwargs == {"a": 1}
+    assert str(found.output) == "other" and found.arguments.lr_scheduler_kwargs == {"num_cycles": 1}
     replaced = parse("--config", str(path), "--cache", "reference=./mine", "--cache", "teacher=./t2")
     assert dict(replaced.caches) == {"reference": ("./mine",), "teacher": ("./t2",)}
 
@@ -130,6 +130,7 @@ def test_a_missing_argument_is_named(name):
     [
         (["--lerning_rate", "3"], "unknown argument --lerning_rate; did you mean --learning_rate?"),
         (["--batch_token", "3"], "unknown argument --batch_token; did you mean --batch_tokens?"),
+        (["extra"], "unknown argument extra; 'logitcache train --help'"),
         (["stray"], "unknown argument stray; 'logitcache train --help'"),
         (["--learning_rate", "fast"], "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         (["--bf16", "true", "--fp16", "true"], "At most one of fp16 and bf16"),

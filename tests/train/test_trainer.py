@@ -34,7 +34,16 @@ def test_a_run_resumed_in_mid_epoch_ends_in_the_same_bits(run, made, tmp_path, c
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert "training: step 12 of 12: loss" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "training: step 12 of 12: loss" in said
+    assert said.count(f"training: on from {tmp_path / 'whole' / 'checkpoint-7'}\n") == 1
+
+
+def test_a_run_shorter_than_its_logging_steps_says_its_loss(run, made, tmp_path, capfd):
+    whole = losses(run(made, tmp_path / "each", max_steps=3))
+    found = losses(run(made, tmp_path / "last", max_steps=3, logging_steps=10))
+    assert found == pytest.approx([sum(whole) / 3], rel=1e-5)
+    assert "training: step 3 of 3: loss" in capfd.readouterr().err
 
 
 def test_true_resumes_the_last_checkpoint_of_the_output_folder(run, made, tmp_path):
@@ -248,7 +257,7 @@ def test_a_student_that_diverges_stops_with_the_samples_named(run, made, tmp_pat
 @pytest.mark.parametrize("options", [{"max_steps": 1}, {"save_strategy": "steps", "save_steps": 1}])
 def test_a_student_that_has_diverged_is_not_saved(run, made, tmp_path, options):
     with pytest.raises(LogitCacheError, match=r"of no use, and is not saved: \S+ holds NaN .* after step 1;"):
-        run(made, tmp_path / "out", learning_rate="inf", **options)
+        run(made, tmp_path / "out", learning_rate="1e38", weight_decay="1e38", **options)
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from logitcache_storage.cache import Cache
 from logitcache_storage.errors import InputError, MismatchError, StoreUnavailableError
 from logitcache_storage.fingerprints import fingerprint
-from logitcache_storage.patience import patiently
+from logitcache_storage.patience import STORE_PATIENCE_SECONDS, patiently
 from logitcache_storage.record_json import to_json
 from logitcache_train.batches import epoch_order, global_batches, micro_batches, num_global_batches, window_starts
 from logitcache_train.collate import TrainingSample
@@ -29,9 +30,6 @@ from logitcache_train.columns import NO_FILES, ColumnFiles, column_readers
 from logitcache_train.joining import Missing, join_by_key
 from logitcache_train.objectives import Objective
 from logitcache_train.reading import Needs, ReadAhead, RowReader, Source, TokenSource, check_room
-
-STORE_SECONDS = 900.0
-"""A sample is waited for so long while its store does not answer: less than other ranks wait for ours (30 minutes)."""
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +157,15 @@ class CachedSamples(Dataset[Any]):
         Raises:
             MismatchError: an id at or above `limit`.
         """
-        for i in range(len(self)):
-            input_ids = self.primary.read_tokens([int(self._kept[i])])[0][0]
-            if int(input_ids.max()) >= limit:
+        for first, table in self.primary.scan(["input_ids"]):
+            start, stop = np.searchsorted(self._kept, [first, first + len(table)])
+            ids = table.column("input_ids").take(self._kept[start:stop] - first).combine_chunks()
+            highest = pc.max(ids.flatten()).as_py()
+            if highest is not None and highest >= limit:
+                place = pc.index(ids.flatten(), highest).as_py()
+                sample = start + ids.value_parent_indices()[place].as_py()
                 raise MismatchError(
-                    f"sample {self._key(i)} has the token id {int(input_ids.max())}, and {student} has {limit} tokens;"
+                    f"sample {self._key(sample)} has the token id {highest}, and {student} has {limit} tokens;"
                     " use a student with at least as many tokens as the cache's tokenizer (resize its embeddings)"
                 )
 
@@ -192,7 +194,7 @@ class CachedSamples(Dataset[Any]):
         return self.primary.key(int(self._kept[index]))
 
     def _sample(self, index: int, place: int) -> TrainingSample:
-        return patiently(lambda: self._read(index, place), seconds=STORE_SECONDS, on_pause=_say_waiting)
+        return patiently(lambda: self._read(index, place), seconds=STORE_PATIENCE_SECONDS, on_pause=_say_waiting)
 
     def _read(self, index: int, place: int) -> TrainingSample:
         row = int(self._kept[index])
@@ -203,7 +205,7 @@ class CachedSamples(Dataset[Any]):
 
 
 def _say_waiting(error: StoreUnavailableError) -> None:
-    log.warning("%s; it is asked again, for %.0f minutes at most", error, STORE_SECONDS / 60)
+    log.warning("%s; it is asked again, for %.0f minutes at most", error, STORE_PATIENCE_SECONDS / 60)
 
 
 def _refuse_without_ids(caches: Mapping[str, Sequence[Cache]], objective: Objective) -> None:

@@ -18,6 +18,7 @@ from logitcache_storage.progress import progress
 from logitcache_train.answers import Problem, is_exact
 from logitcache_train.generation import Decoding, Generated, encode_prompts, generate_responses
 from logitcache_train.loading import check_folder, load_checkpoint
+from logitcache_train.lora import quiet_peft
 
 Z_95 = 1.96
 
@@ -164,7 +165,8 @@ def load_model(path: str, *, dtype: str | None = None) -> tuple[Any, Any]:
         from peft import PeftModel
 
         try:
-            model = PeftModel.from_pretrained(model, path)
+            with quiet_peft():
+                model = PeftModel.from_pretrained(model, path)
         except (OSError, ValueError) as e:
             raise InputError(f"cannot load the adapters in {path!r}: {e}") from e
     return model.to(device), tokenizer

@@ -32,7 +32,8 @@ def load_checkpoint(path: str, *, tokenizer_path: str | None = None, **how: Any)
         model, report = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path)
     except (OSError, ValueError, ImportError) as e:
-        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}: {e}") from e
+        place = "" if Path(path).expanduser().is_dir() else " (no folder here, so a name on the hub)"
+        raise InputError(f"cannot load a causal language model with its tokenizer from {path!r}{place}: {e}") from e
     if missing := sorted(report["missing_keys"]):
         raise InputError(
             f"{path!r} lacks {len(missing)} weights of {type(model).__name__}, first {missing[0]!r}:"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +64,22 @@ def add_adapters(model: Any, settings: LoraSettings, *, student: str) -> Any:
         target_modules=settings.targets if isinstance(settings.targets, str) else list(settings.targets),
     )
     try:
-        adapted = peft.get_peft_model(model, config)
+        with quiet_peft():
+            adapted = peft.get_peft_model(model, config)
     except ValueError as e:
         raise InputError(f"--lora_targets: peft cannot adapt {type(model).__name__}: {e}") from e
     # So that the adapters find their base from any working directory.
     base = Path(student).expanduser()
     adapted.peft_config["default"].base_model_name_or_path = str(base.resolve()) if base.is_dir() else student
     return adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warning of an attribute that peft, and no user, asks transformers for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 def _check_targets(model: Any, targets: str | Sequence[str]) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import os
 import socket
 import time
+from argparse import ArgumentParser
+from typing import NoReturn
+
+from logitcache_storage.errors import InputError
 
 PATIENCE = 1.0
-"""Seconds that a silent rank stays: once one rank ends, torchrun ends all, and by then the speaker must have spoken."""
+"""Seconds that ranks stay once they have met an error. A silent one: when one rank ends, torchrun ends all, and by then
+the speaker must have spoken. The speaker: others may meet the error a little later, and find its name taken."""
 
 _spoken: dict[str, socket.socket] = {}
 """What this process says, by name; a name is held until the process ends."""
@@ -39,4 +45,17 @@ def is_said_by_another(message: str) -> bool:
         time.sleep(PATIENCE)
         return True
     _spoken[name] = ours
+    atexit.register(time.sleep, PATIENCE)
     return False
+
+
+def say_errors_once(parser: ArgumentParser) -> None:
+    """What this parser refuses, it refuses in every rank: usage and error come from one of them."""
+    say = parser.error
+
+    def error(message: str) -> NoReturn:
+        if is_said_by_another(message):
+            parser.exit(InputError.exit_status)
+        say(message)
+
+    parser.error = error  # type: ignore[method-assign]

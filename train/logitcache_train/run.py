@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def train(settings: TrainSettings) -> None:
     idle_devices, arguments._n_gpu = max(arguments.n_gpu - 1, 0), min(arguments.n_gpu, 1)
     checkpoint = checkpoint_to_resume(settings)
     data = _open_data(settings, checkpoint)
+    _check_output(settings.output)
     model, tokenizer, layout = _ready_student(settings, data)
     batch_tokens = resolve_batch_tokens(settings, data.samples, checkpoint)
     record = run_record(settings, data.caches, data.eval_caches, data.samples, batch_tokens)
@@ -84,11 +86,12 @@ def train(settings: TrainSettings) -> None:
             mixing=settings.mixing,
             save_record=lambda folder: write_record(Path(folder), {**record, "layout": layout}),
         )
-    except (ValueError, RuntimeError, ImportError) as e:
+    except (OSError, ValueError, RuntimeError, ImportError) as e:
         if isinstance(e, InputError):
             raise
         raise InputError(f"the Trainer cannot work with these arguments: {e}") from e
-    notes = _notes(settings, data)
+    notes = [] if checkpoint is None else [f"on from {checkpoint}"]
+    notes += _notes(settings, data)
     if idle_devices:
         notes.append(f"{idle_devices} more GPUs are idle; torchrun --nproc_per_node N -m logitcache_train uses them")
     _run(trainer, settings, checkpoint, notes)
@@ -153,6 +156,13 @@ def _open_data(settings: TrainSettings, checkpoint: Path | None) -> _Data:
     return _Data(caches, eval_caches, samples, held_out)
 
 
+def _check_output(folder: Path) -> None:
+    """Before the student is loaded and trained, that it can be saved; a refused run leaves no folder behind."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--output {folder}: {there} is no folder that can be written; give another one")
+
+
 def _ready_student(settings: TrainSettings, data: _Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Layout]:
     """The student, checked, its tokenizer, and how its batches lie."""
     arguments = settings.arguments
@@ -185,6 +195,8 @@ def _notes(settings: TrainSettings, data: _Data) -> list[str]:
             elif len(cache) < cache.plan.num_samples:
                 lost = cache.plan.num_samples - len(cache)
                 notes.append(f"the {role} cache lacks {lost:,} samples that could not be scored: 'logitcache status'")
+            if cache.identity.role != role:
+                notes.append(f"{cache.store.url} was built as {cache.identity.role}, and is read as {role} here")
         if role not in data.samples.roles:
             notes.append(f"objective {settings.objective.name!r} reads no distribution of the {role} cache")
     for what, samples in (("samples", data.samples), ("held-out samples", data.held_out)):
@@ -240,6 +252,8 @@ class _Lines(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._meter.advance()
+        # A run shorter than --logging_steps has its line, too.
+        control.should_log |= state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" not in logs:

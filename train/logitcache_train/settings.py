@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from logitcache_storage.errors import InputError
+from logitcache_train.argument_checks import check_arguments
 from logitcache_train.collate import EQUALLY, Mixing
 from logitcache_train.commands.train import add_arguments, parameter_names
 from logitcache_train.custom import objective_from_mapping, read_parameters
@@ -95,6 +96,8 @@ class TrainSettings:
             if value is not None and value < 1:
                 raise InputError(f"--{name} must be at least 1, got {value}")
         student = Path(self.student).expanduser()
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"--output {self.output} is a file, expected a folder for the student")
         if student.is_dir() and self.output.is_dir() and student.samefile(self.output):
             raise InputError(
                 f"--output {self.output} is the student, which would be written over; choose another folder"
@@ -287,6 +290,7 @@ def _training_arguments(words: Sequence[str], output: str, eval_caches: Mapping[
     for name, remedy in REFUSED.items():
         if (value := getattr(arguments, name, None)) != usual.get(name):
             raise InputError(f"--{name} {getattr(value, 'value', value)} does not work here: {remedy}")
+    check_arguments(arguments)
     if arguments.fsdp:
         _check_fsdp(arguments)
     _check_evaluation(arguments, eval_caches)
@@ -336,7 +340,7 @@ def _refuse_unknown(word: str, parser: ArgumentParser) -> NoReturn:
     ours = ArgumentParser(allow_abbrev=False)
     add_arguments(ours)
     known = [flag for p in (ours, parser) for action in p._actions for flag in action.option_strings]
-    near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+    near = difflib.get_close_matches(word.split("=")[0], known, n=1) if word.startswith("-") else []
     meant = f"did you mean {near[0]}?" if near else "'logitcache train --help' lists what there is"
     raise InputError(f"unknown argument {word}; {meant}")
 

@@ -78,11 +78,11 @@ def run(args: Namespace) -> int:
         model, tokenizer = load_model(args.model, dtype=args.dtype)
         found = evaluate(model, tokenizer, problems, decoding, num_samples=args.samples, compare=compare)
     document = _document(args, found, str(model.dtype).removeprefix("torch."))
-    _write(args, document, found)
     if args.json:
         print_json(document)
     else:
         _show(args, found)
+    _write(args, document, found)
     return 0
 
 
@@ -130,11 +130,18 @@ def _write(args: Namespace, document: dict[str, Any], found: Evaluation) -> None
     import json
     from pathlib import Path
 
-    if args.output is not None:
-        Path(args.output).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    if args.details is not None:
-        with Path(args.details).open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(_detail(answered)) + "\n" for answered in found.answered)
+    from logitcache_storage.errors import LogitCacheError
+
+    whole = json.dumps(document, indent=2, allow_nan=False) + "\n"
+    details = (json.dumps(_detail(answered)) + "\n" for answered in found.answered)
+    for name, lines in ((args.output, [whole]), (args.details, details)):
+        if name is None:
+            continue
+        try:
+            with Path(name).open("w", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as e:
+            raise LogitCacheError(f"{name}: cannot be written: {e.strerror}") from e
 
 
 def _detail(answered: Answered) -> dict[str, Any]:

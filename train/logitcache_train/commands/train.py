@@ -8,6 +8,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from logitcache_storage.command import Command
 from logitcache_storage.commands.arguments import add_storage_options
 from logitcache_train.objectives import OBJECTIVES
+from logitcache_train.ranks import is_said_by_another, say_errors_once
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -70,7 +71,6 @@ def parameter_names() -> list[str]:
 def run(args: Namespace) -> int:
     """Train; errors leave as exceptions, but for those that another rank says."""
     from logitcache_storage.errors import LogitCacheError
-    from logitcache_train.ranks import is_said_by_another
     from logitcache_train.run import train
     from logitcache_train.settings import parse_settings
 
@@ -83,7 +83,12 @@ def run(args: Namespace) -> int:
     return 0
 
 
-COMMAND = Command("train a student from a cache", add_arguments, run, takes_rest=True)
+def _add_arguments_of_ranks(parser: ArgumentParser) -> None:
+    add_arguments(parser)
+    say_errors_once(parser)
+
+
+COMMAND = Command("train a student from a cache", _add_arguments_of_ranks, run, takes_rest=True)
 
 
 def _add_caches(parser: ArgumentParser) -> None:
