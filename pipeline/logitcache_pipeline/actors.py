@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from logitcache_pipeline.worker import ShardTask, WorkerInfo
 from logitcache_storage.errors import LogitCacheError
@@ -40,8 +42,48 @@ class Call:
     """What an actor has been asked for, and has not answered."""
 
     slot: Slot
-    kind: Literal["start", "score", "commit"]
+    kind: Literal["place", "start", "score", "commit"]
+    """"place": to say when Ray has found room for it."""
     since: float
+
+    @property
+    def is_of_start(self) -> bool:
+        """Whether the actor has not started yet."""
+        return self.kind in ("place", "start")
+
+
+@dataclass(frozen=True, eq=False)
+class ActorMaker:
+    """Makes actors; each in a placement group of its own, which goes when it is killed, where there are bundles.
+
+    Groups that are left when the driver ends, in whatever way, Ray removes with its job.
+    """
+
+    actor_class: Any
+    """That `ray.remote` has made one."""
+    arguments: Sequence[Any]
+    options: Mapping[str, Any]
+    """Ray's, for each actor."""
+    bundles: Sequence[Mapping[str, float]] = ()
+    """Resources; the actor lies in the first, and so may what it starts, there and in the others."""
+    _groups: dict[Any, PlacementGroup] = field(default_factory=dict)
+    """By actor."""
+
+    def __call__(self) -> Any:
+        """Ask for one more actor; it starts when there is room for it."""
+        if not self.bundles:
+            return self.actor_class.options(**self.options).remote(*self.arguments)
+        group = placement_group([dict(bundle) for bundle in self.bundles], strategy="PACK")
+        place = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+        actor = self.actor_class.options(**self.options, scheduling_strategy=place).remote(*self.arguments)
+        self._groups[actor] = group
+        return actor
+
+    def kill(self, actor: Any) -> None:
+        """End an actor that was made here, and all that runs in its group."""
+        kill_actor(actor)
+        if (group := self._groups.pop(actor, None)) is not None:
+            remove_placement_group(group)
 
 
 def kill_actor(actor: Any) -> None:

@@ -11,6 +11,7 @@ while it is tried, so that a worker that dies leaves no doubt about what it died
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable
 from typing import Protocol
@@ -39,8 +40,11 @@ class Attempts:
     """The shards of a run that are not committed; memory holds nothing more of one that is."""
 
     def __init__(self, tasks: Iterable[ShardTask], max_attempts: int, observer: AttemptObserver) -> None:
-        """Those with most tokens come first, because the last ones decide how long some workers wait for others."""
-        self._left = deque(sorted(tasks, key=lambda task: (-task.num_tokens, task.shard)))
+        """Those with most tokens come first, because the last ones decide how long some workers wait for others.
+
+        Among those of nearly the same number, the order is that of `tasks`.
+        """
+        self._left = deque(sorted(tasks, key=lambda task: -round(math.log(max(task.num_tokens, 1), 1.1))))
         self._max_attempts, self._observer = max_attempts, observer
         self._reasons: dict[int, list[str]] = defaultdict(list)
         self._searches: dict[int, Bisection] = {}
@@ -89,9 +93,13 @@ class Attempts:
             task: what was attempted.
             reason: for people.
             lost_worker: it took its worker down: then it goes last, so that it cannot hold up the others.
-            may_be_samples: whether another choice of samples may do better.
+            may_be_samples: whether another choice of samples may do better; in a search, which asks nothing else, an
+                attempt of which that is not so is given back.
         """
         reasons, search = self._reasons[task.shard], self._searches.get(task.shard)
+        if search is not None and not may_be_samples and self._given_back[task.shard] < MOST_GIVEN_BACK:
+            self.give_back(task, reason)
+            return
         some = f"{len(task.samples)} of its samples: " if search is not None else ""
         reasons.append(some + reason)
         self._observer.failed(task.shard, len(reasons), reasons[-1])

@@ -6,10 +6,11 @@ anywhere, from any machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ from logitcache_storage.commit import (
     committed_shards,
     create_or_continue,
     load_commits,
+    load_identity,
     new_attempt,
     write_manifest,
 )
@@ -40,6 +42,9 @@ from logitcache_storage.samples import SamplesTable
 from logitcache_storage.schema import PlanRecord
 from logitcache_storage.shard_labels import row_owners
 from logitcache_storage.terminal import counted
+
+if TYPE_CHECKING:
+    from logitcache_pipeline.actors import ActorMaker
 
 
 def build(
@@ -69,12 +74,14 @@ def build(
     store, prepared = _prepare(settings, storage_options, data_storage_options)
     if settings.extend:
         prepared = _extend(store, prepared, log)
-    with ray_cluster(settings.ray_address, settings.workers, settings.devices_per_worker) as cluster:
+    workers = settings.workers, settings.devices_per_worker, settings.nodes_per_worker
+    with ray_cluster(settings.ray_address, *workers) as cluster:
         plan, dtype = _claim(store, prepared, cluster, log)
         if settings.retry_quarantine:
             set_aside_incomplete(store, plan, log)
         tasks = remaining_tasks(store, plan)
         if tasks:
+            random.shuffle(tasks)  # two builds of one cache at a time begin at different shards
             if len(tasks) < len(plan.shard_num_rows):
                 done = len(plan.shard_num_rows) - len(tasks)
                 text = f"continuing: {done:,} of {len(plan.shard_num_rows):,} shards are committed"
@@ -82,7 +89,9 @@ def build(
             # One that an earlier run wrote names commits that have been removed since.
             store.delete(MANIFEST_PATH)
             path = _seen_from_anywhere(settings.teacher) if Path(settings.teacher).is_dir() else settings.teacher
-            teacher = TeacherSettings(settings.engine, path, dtype, settings.teacher_options)
+            # The commit that the cache is of: a branch may have moved on when a worker loads it.
+            revision = load_identity(store).teacher.revision or None
+            teacher = TeacherSettings(settings.engine, path, dtype, settings.teacher_options | {"revision": revision})
             make_worker = cluster.actor_maker(ScoringWorker, store.url, storage_options, teacher)
             _say_what_scores(settings, cluster, min(cluster.num_workers, len(tasks)), log)
             _score(store, plan, tasks, make_worker, cluster, settings, log)
@@ -190,6 +199,9 @@ def _create_or_continue(store: ObjectStore, prepared: Prepared, dtype: str) -> N
     try:
         create_or_continue(store, prepared.identity(dtype))
     except MismatchError as e:
+        cached = load_identity(store).teacher
+        if cached.revision and cached.id == prepared.settings.teacher and "teacher.weights" in str(e):
+            raise MismatchError(f"{e};\nthe cache's teacher is another commit: --revision {cached.revision}") from e
         try:
             prepare_extension(store, prepared)
         except InputError:
@@ -220,7 +232,7 @@ def _say_what_scores(settings: BuildSettings, cluster: Cluster, num_workers: int
 
         from logitcache_pipeline.engines.vllm import choose_route
 
-        config = AutoConfig.from_pretrained(settings.teacher)
+        config = AutoConfig.from_pretrained(settings.teacher, **settings.loading_options)
         architecture, route = choose_route(config, settings.engine_options.get("route"))
         text = f"vLLM scores {architecture} by the route {route}"
         log.info("route", text, architecture=architecture, route=route)
@@ -233,7 +245,7 @@ def _score(
     store: ObjectStore,
     plan: PlanRecord,
     tasks: list[ShardTask],
-    make_worker: Callable[[], Any],
+    make_worker: ActorMaker,
     cluster: Cluster,
     settings: BuildSettings,
     log: Log,
@@ -241,7 +253,7 @@ def _score(
     from logitcache_pipeline.run import RunSettings, run_shards
 
     left = sum(task.num_rows for task in tasks)
-    patience = RunSettings(cluster.num_workers, settings.max_attempts, settings.shard_deadline)
+    patience = RunSettings(cluster.num_workers, settings.max_attempts, settings.shard_deadline, settings.start_deadline)
     report = RunReport(
         {**asdict(settings), "cluster": asdict(cluster)},
         node_hardware(),
@@ -253,7 +265,8 @@ def _score(
     try:
         done = plan.num_rows - left
         with progress("scoring", total=plan.num_rows, done=done, unit="tok", quiet=log.as_json) as meter:
-            run_shards(tasks, make_worker, patience, RunWatcher(store, meter, log, metrics, report))
+            watcher = RunWatcher(store, meter, log, metrics, report)
+            run_shards(tasks, make_worker, patience, watcher, make_worker.kill)
     except BaseException as e:
         error = e
         raise

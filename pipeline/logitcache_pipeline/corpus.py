@@ -102,7 +102,8 @@ def survey(sources: str | Sequence[str], storage_options: Mapping[str, Any] | No
         num_records += 1
         num_bytes += len(line)
     if not num_records:
-        raise CorpusError(f"{sources}: no records; expected at least one line or row")
+        where = sources if isinstance(sources, str) else ", ".join(sources)
+        raise CorpusError(f"{where}: no records; expected at least one line or row")
     return CorpusSurvey(digest.hexdigest(), num_records, num_bytes, fields, columns.schema())
 
 
@@ -197,7 +198,8 @@ def _parse_line(line: bytes, where: str) -> dict[str, Any]:
 def _parquet_rows(where: str, fs: Any, path: str) -> Rows:
     def batches() -> Iterator[Any]:
         with fs.open(path, "rb") as raw:
-            yield from pq.ParquetFile(raw).iter_batches(batch_size=_ROWS_PER_BATCH)
+            # Without Arrow's threads: one that lets go of our bytes while the interpreter ends, ends the process.
+            yield from pq.ParquetFile(raw, pre_buffer=False).iter_batches(_ROWS_PER_BATCH, use_threads=False)
 
     return _table_rows(where, batches)
 

@@ -1,6 +1,7 @@
 """What a build will take, before it is started: tokens, bytes, hours, money. Nothing is written.
 
-The corpus is planned as a build would plan it, and a random draw of its samples is scored in this process:
+The corpus is planned as a build would plan it, and a random draw of its samples is scored in this process, or by one
+worker of the Ray cluster where the teacher spans nodes:
 
     bytes    the rows of some samples are encoded and packed as a shard is. A shard's bytes are a part that it has
              without any row, and one per row; both are extrapolated to the plan. The interval is a delete-a-group
@@ -17,17 +18,21 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from logitcache_pipeline.cluster import ray_cluster
 from logitcache_pipeline.engines.base import ScoringRequest, Teacher, load_teacher
 from logitcache_pipeline.plan import PlanSummary, render_report
 from logitcache_pipeline.prepare import Prepared, plan_summary, prepare_extension
+from logitcache_pipeline.remote_teacher import RemoteTeacher, teacher_on_cluster
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_storage.encoding import encode
+from logitcache_storage.errors import InputError
 from logitcache_storage.objects import ObjectStore
 from logitcache_storage.samples import target_positions
 from logitcache_storage.schema import CacheIdentity
@@ -95,23 +100,29 @@ def estimate(store: ObjectStore, prepared: Prepared) -> dict[str, Any]:
     sample_rows = settings.sample_rows if settings.sample_rows is not None else default_sample_rows(settings)
     if not sample_rows and settings.calibrate is None:
         return {**found, "bytes": _typical_bytes(identity, summary)}
-    teacher = _load(settings, dtype)
     requests = draw.requests()
-    found["bytes"] = (
-        sampled_bytes(teacher, requests, identity, summary, sample_rows)
-        if sample_rows
-        else _typical_bytes(identity, summary)
-    )
-    if settings.calibrate is not None:
-        found["rate"] = {**measure_rate(teacher, requests, settings.k, settings.calibrate), **_device(settings, dtype)}
-        found["run"] = _run(settings, summary, found["rate"])
+    with _teacher(settings, dtype) as teacher:
+        found["bytes"] = (
+            sampled_bytes(teacher, requests, identity, summary, sample_rows)
+            if sample_rows
+            else _typical_bytes(identity, summary)
+        )
+        if settings.calibrate is not None:
+            rate = measure_rate(teacher, requests, settings.k, settings.calibrate)
+            found["rate"] = {**rate, **_device(settings, dtype)}
+            found["run"] = _run(settings, summary, found["rate"])
     return found
 
 
 def default_sample_rows(settings: BuildSettings) -> int:
-    """DEFAULT_SAMPLE_ROWS where the teacher is loaded anyway, or stands in a folder and is small; else 0."""
+    """DEFAULT_SAMPLE_ROWS where the teacher is loaded anyway, or stands in a folder and is small; else 0.
+
+    One that is spread over nodes is not small.
+    """
     if settings.calibrate is not None:
         return DEFAULT_SAMPLE_ROWS
+    if settings.nodes_per_worker > 1:
+        return 0
     folder = Path(settings.teacher)
     weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
     is_small = 0 < sum(file.stat().st_size for file in weights) <= MAX_WEIGHT_BYTES
@@ -168,7 +179,7 @@ class SampleDraw:
 
 
 def sampled_bytes(
-    teacher: Teacher,
+    teacher: Teacher | RemoteTeacher,
     requests: Sequence[ScoringRequest],
     identity: CacheIdentity,
     summary: PlanSummary,
@@ -208,7 +219,9 @@ def sampled_bytes(
     }
 
 
-def measure_rate(teacher: Teacher, requests: Sequence[ScoringRequest], k: int, seconds: float) -> dict[str, Any]:
+def measure_rate(
+    teacher: Teacher | RemoteTeacher, requests: Sequence[ScoringRequest], k: int, seconds: float
+) -> dict[str, Any]:
     """Tokens per second of scoring alone, over at least so many seconds after a warm-up.
 
     Rounds grow during the warm-up until one takes an eighth of the time: batches are better where there is more to
@@ -317,8 +330,27 @@ def _dtype(settings: BuildSettings) -> str:
     return "bfloat16" if _on_gpu(settings) else "float32"
 
 
+@contextmanager
+def _teacher(settings: BuildSettings, dtype: str) -> Iterator[Teacher | RemoteTeacher]:
+    """The teacher as one worker has it: in this process, or, where it spans nodes, on the Ray cluster."""
+    if settings.nodes_per_worker == 1:
+        yield _load(settings, dtype)
+        return
+    folder = Path(settings.teacher)
+    path = str(folder.absolute()) if folder.is_dir() else settings.teacher
+    arguments = settings.engine, path, dtype
+    with ray_cluster(settings.ray_address, 1, settings.devices_per_worker, settings.nodes_per_worker) as cluster:
+        if not cluster.num_placeable:
+            raise InputError(
+                f"the Ray cluster has no {settings.nodes_per_worker} nodes now with the {settings.tensor_parallel} GPUs"
+                " that --sample-rows and --calibrate ask; start them, or leave the two options out"
+            )
+        with teacher_on_cluster(cluster, *arguments, **settings.teacher_options) as teacher:
+            yield teacher
+
+
 def _load(settings: BuildSettings, dtype: str) -> Teacher:
-    """The teacher as one worker has it: on a CPU with its share of the cores. vLLM takes the devices that it sees."""
+    """The teacher in this process: on a CPU with a worker's share of the cores. vLLM takes the devices that it sees."""
     import torch
     from transformers.utils import logging
 
@@ -327,17 +359,19 @@ def _load(settings: BuildSettings, dtype: str) -> Teacher:
     if settings.ray_address is None and not on_gpu:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // (settings.workers or 1)))
     device = None if on_gpu or settings.engine == "vllm" else "cpu"
-    return load_teacher(settings.engine, settings.teacher, dtype, device, **settings.teacher_options)
+    return load_teacher(settings.engine, settings.teacher, dtype, **{"device": device, **settings.teacher_options})
 
 
 def _device(settings: BuildSettings, dtype: str) -> dict[str, Any]:
     import torch
 
-    cores = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    if settings.nodes_per_worker > 1:
+        return {"device": f"{settings.tensor_parallel} GPUs of {settings.nodes_per_worker} nodes", "dtype": dtype}
+    cores = f"{counted(torch.get_num_threads(), 'CPU thread')} ({platform.machine()})"
     return {"device": torch.cuda.get_device_name() if _on_gpu(settings) else cores, "dtype": dtype}
 
 
 def _on_gpu(settings: BuildSettings) -> bool:
     import torch
 
-    return torch.cuda.is_available() and settings.devices_per_worker != 0
+    return settings.nodes_per_worker > 1 or (torch.cuda.is_available() and settings.devices_per_worker != 0)

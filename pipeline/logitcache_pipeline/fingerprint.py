@@ -27,7 +27,9 @@ VOLATILE_CONFIG_KEYS = frozenset(
 """Keys of config.json that do not change what the model computes in the dtype it is asked in."""
 
 
-def teacher_identity(path: str, *, dtype: str, engine: str, revision: str | None = None) -> TeacherIdentity:
+def teacher_identity(
+    path: str, *, dtype: str, engine: str, revision: str | None = None, trust_remote_code: bool = False
+) -> TeacherIdentity:
     """The identity of the model at a folder or hub id.
 
     Weights in a folder are fingerprinted as described above; those of a hub id by its commit.
@@ -37,17 +39,20 @@ def teacher_identity(path: str, *, dtype: str, engine: str, revision: str | None
         dtype: arithmetic of the model, e.g. "bfloat16".
         engine: which engine runs it.
         revision: branch, tag or commit of a hub id.
+        trust_remote_code: code that comes with the model runs, so that of a folder is a part of its config.
 
     Raises:
         InputError: no config.json or no weights there.
     """
-    if Path(path).is_dir():
+    is_folder = Path(path).is_dir()
+    if is_folder:
         config_file, commit, weights = Path(path) / "config.json", "", weights_fingerprint(Path(path))
     else:
         config_file = _hub_config(path, revision)
         commit = config_file.parent.name
         weights = fingerprint({"hub": path, "commit": commit})
-    return TeacherIdentity(path, commit, weights, config_fingerprint(config_file), dtype, engine)
+    config = config_fingerprint(config_file, with_code=is_folder and trust_remote_code)
+    return TeacherIdentity(path, commit, weights, config, dtype, engine)
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -68,14 +73,23 @@ def weights_fingerprint(folder: Path) -> str:
     raise InputError(f"{folder}: no weights; expected model.safetensors or pytorch_model.bin, or an index of either")
 
 
-def config_fingerprint(config_file: Path) -> str:
+def config_fingerprint(config_file: Path, *, with_code: bool = False) -> str:
     """Fingerprint of a config.json without the keys that change from save to save.
+
+    Args:
+        config_file: its path.
+        with_code: where it names code beside it, that is a part of the fingerprint.
 
     Raises:
         InputError: the file is missing or not JSON.
     """
     try:
-        return fingerprint(_stable(json.loads(config_file.read_text(encoding="utf-8"))))
+        config = _stable(json.loads(config_file.read_text(encoding="utf-8")))
+        if with_code and "auto_map" in config:
+            code = {file.relative_to(config_file.parent): file for file in config_file.parent.rglob("*.py")}
+            texts = {name.as_posix(): file.read_text(encoding="utf-8") for name, file in code.items()}
+            return fingerprint({"config": config, "code": texts})
+        return fingerprint(config)
     except (OSError, ValueError) as e:
         raise InputError(f"{config_file}: not a readable model config: {e}") from e
 
@@ -91,7 +105,9 @@ def _hub_config(path: str, revision: str | None) -> Path:
     try:
         file = cached_file(path, "config.json", revision=revision)
     except OSError as e:
-        raise InputError(f"{path!r} is neither a model folder nor a reachable hub id: {e}") from e
+        raise InputError(
+            f"{path!r} is neither a model folder nor a reachable hub id: {' '.join(str(e).split())}"
+        ) from e
     return Path(str(file))
 
 

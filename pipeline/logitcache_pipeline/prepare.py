@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from logitcache_pipeline.extend import Base, KnownSamples, fitted_columns, load_
 from logitcache_pipeline.fingerprint import teacher_identity, tokenizer_identity_of
 from logitcache_pipeline.plan import PlanSummary, default_shard_rows, plan_tables
 from logitcache_pipeline.settings import BuildSettings
-from logitcache_pipeline.tokenize import Excluded, TokenizedSample, TokenizeSettings, tokenize_records
+from logitcache_pipeline.tokenize import Excluded, Overlong, TokenizedSample, TokenizeSettings, tokenize_records
 from logitcache_pipeline.vocabulary import vocabulary_table
 from logitcache_storage.commit import new_attempt
 from logitcache_storage.errors import CorpusError, InputError
@@ -65,7 +65,7 @@ class Prepared:
         """
         settings = self.settings
         return CacheIdentity(
-            teacher=teacher_identity(settings.teacher, dtype=dtype, engine=settings.engine),
+            teacher=teacher_identity(settings.teacher, dtype=dtype, engine=settings.engine, **settings.loading_options),
             tokenizer=tokenizer_identity_of(self.tokenizer),
             corpus=self.corpus_identity,
             vocab_size=self.vocab_size,
@@ -111,17 +111,24 @@ def prepare(settings: BuildSettings, storage_options: Mapping[str, Any] | None =
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = _load("config", AutoConfig, settings.teacher)
-    vocab_size = config.get_text_config().vocab_size
+    if settings.revision is not None and Path(settings.teacher).is_dir():
+        raise InputError(f"revision is for a hub id, and the teacher {settings.teacher!r} is a folder; leave it out")
+    config = _load("config", AutoConfig, settings)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if vocab_size is None:
+        raise InputError(
+            f"the teacher {settings.teacher!r} is a {config.model_type}, which has no vocabulary; expected a causal"
+            " language model"
+        )
     if settings.k > vocab_size:
         raise InputError(f"k must be at most the teacher's vocabulary size {vocab_size}, got {settings.k}")
-    tokenizer = _load("tokenizer", AutoTokenizer, settings.teacher)
+    tokenizer = _load("tokenizer", AutoTokenizer, settings)
     longest = _longest_sample(config, settings)
     if settings.max_length is not None and longest is not None and settings.max_length > longest:
         raise InputError(f"max_length {settings.max_length} is above the {longest} tokens the teacher takes")
     tokenize_settings = TokenizeSettings(
-        max_length=settings.max_length or longest,
-        overlong=settings.overlong,
+        max_length=longest if settings.max_length is None else settings.max_length,
+        overlong=cast(Overlong, settings.overlong),
         prompt_field=settings.prompt_field,
         response_field=settings.response_field,
     )
@@ -201,13 +208,18 @@ def _plan_record(summary: PlanSummary, parts: tuple[PlanPart, ...], vocabulary: 
     )
 
 
-def _load(what: str, auto_class: Any, path: str) -> Any:
+def _load(what: str, auto_class: Any, settings: BuildSettings) -> Any:
+    path = settings.teacher
     try:
-        return auto_class.from_pretrained(path)
+        return auto_class.from_pretrained(path, **settings.loading_options)
     except Exception as e:  # the libraries raise a dozen kinds of errors, some of no class of their own
-        problem = (
-            f"cannot load its {what}" if Path(path).is_dir() else "neither a folder nor a model that the hub gives"
-        )
+        if not settings.trust_remote_code and "trust_remote_code" in str(e):
+            raise InputError(
+                f"the teacher {path!r} comes with code of its own, which its {what} needs; read it, and let it run here"
+                " and in every worker with --trust-remote-code"
+            ) from e
+        is_there = Path(path).is_dir() or what != "config"  # which comes first
+        problem = f"cannot load its {what}" if is_there else "neither a folder nor a model that the hub gives"
         raise InputError(f"the teacher {path!r}: {problem}: {' '.join(str(e).split())}") from e
 
 

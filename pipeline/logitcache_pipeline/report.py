@@ -24,6 +24,7 @@ from logitcache_storage.objects import ObjectStore
 from logitcache_storage.schema import ExcludedSample
 
 MAX_RUNS = 100
+MAX_WARNINGS = 10
 PACKAGES = ("logitcache", "numpy", "pyarrow", "ray", "tokenizers", "torch", "transformers", "vllm", "zarr")
 
 
@@ -37,6 +38,7 @@ class _Worker:
     num_rows: int = 0
     busy_seconds: float = 0.0
     store_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
 
 
 class RunReport:
@@ -83,6 +85,7 @@ class RunReport:
         it.num_rows += outcome.num_rows
         it.busy_seconds += outcome.seconds
         it.store_seconds += outcome.store_seconds
+        it.warnings = [*it.warnings, *outcome.warnings][-MAX_WARNINGS:]
 
     def attempt_failed(self) -> None:
         """An attempt at a shard has failed."""
@@ -189,6 +192,7 @@ def _worker_entry(number: int, it: _Worker, now: float) -> dict[str, Any]:
         "busy_seconds": round(it.busy_seconds, 3),
         "store_seconds": round(it.store_seconds, 3),
         "utilisation": round(it.busy_seconds / seconds, 4) if seconds > 0 else 0.0,
+        "warnings": it.warnings,
     }
 
 

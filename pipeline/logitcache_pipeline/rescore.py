@@ -80,15 +80,19 @@ def _load(path: str, identity: CacheIdentity, options: Mapping[str, Any]) -> Tea
     if cached.dtype not in ARITHMETIC_NATS:
         known = ", ".join(ARITHMETIC_NATS)
         raise InputError(f"the cache's teacher has the dtype {cached.dtype!r}, can score again in {known}")
+    if path == cached.id and cached.revision:  # its branch may have moved on since
+        options = {"revision": cached.revision, **options}
+    loading = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
     try:
-        found = teacher_identity(path, dtype=cached.dtype, engine=cached.engine)
+        found = teacher_identity(path, dtype=cached.dtype, engine=cached.engine, **loading)
     except ValueError as e:  # ours, and the hub's client's for what cannot be a name
         raise InputError(f"the teacher {path!r} cannot be read: {e}; say where it is with --teacher") from e
     if differences := identity.differences(replace(identity, teacher=found)):
         listing = "\n  ".join(differences)
         raise MismatchError(
             f"{path} is not the teacher of the cache (field: in the cache, found):\n  {listing}\n"
-            "give the checkpoint that the cache was made with: --teacher"
+            "give the checkpoint that the cache was made with: --teacher; if code of its own belongs to it, with"
+            """ --engine-options '{"trust_remote_code": true}'"""
         )
     teacher = load_teacher(cached.engine, path, cached.dtype, **options)
     if teacher.vocab_size != identity.vocab_size:

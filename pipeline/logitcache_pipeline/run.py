@@ -5,18 +5,21 @@
     its outcome                                                   committed
     an exception of the task                 takes the next       another attempt
     `max_attempts` of those in a row         is replaced          another attempt
+    TeacherLostError                         is replaced          another attempt
     WorkerStoppingError (SIGTERM)            is replaced          given back, at no cost
     StoreUnavailableError                    waits for the store  is asked for again, at no cost, for a while
     RayError (the actor is gone)             is replaced          another attempt; given back if it was leaving
     nothing until the deadline               is killed, replaced  another attempt
+    no start until its deadline              is killed, replaced
 
 An actor has at most one shard in the teacher and one behind it, whose rows are on their way into the store. When it
 dies, the one in the teacher has failed, and the other is given back. What becomes of a failed shard, `attempts` says.
 
 An actor whose node is being drained takes no further shard and is replaced when it has nothing in hand. A shard's clock
 starts when its actor has answered that it has started, so that waiting for a node or for the teacher's weights costs no
-attempt. An actor that fails to start is replaced as often as a shard is attempted, then done without; what is wrong
-with the teacher everywhere ends the run at once, as long as nothing is committed.
+attempt; that of a start, when Ray has found room for the actor. An actor that fails to start is replaced as often as a
+shard is attempted, then done without; what is wrong with the teacher everywhere ends the run at once, as long as
+nothing is committed.
 
 What an event costs does not grow with the number of shards, and memory holds nothing of a shard that is committed: with
 shards of a second, one driver keeps hundreds of workers busy.
@@ -36,8 +39,10 @@ from ray.exceptions import RayError, RayTaskError
 
 from logitcache_pipeline.actors import NOT_STARTED, Call, Slot, draining_nodes, is_preempted, kill_actor, reason_of
 from logitcache_pipeline.attempts import AttemptObserver, Attempts
+from logitcache_pipeline.engines.base import TeacherLostError
 from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerStoppingError
 from logitcache_storage.errors import BuildError, InputError, StoreError, StoreUnavailableError
+from logitcache_storage.patience import STORE_PATIENCE_SECONDS
 from logitcache_storage.terminal import counted
 
 POLL_SECONDS = 1.0
@@ -45,8 +50,7 @@ FIRST_DEADLINE_SECONDS = 3600.0
 DEADLINE_FACTOR = 20.0
 LEAST_DEADLINE_SECONDS = 600.0
 WAITING_NOTE_SECONDS = 60.0
-STORE_PATIENCE_SECONDS = 900.0
-"""A store that is unavailable to a worker for longer costs the shard an attempt."""
+START_DEADLINE_SECONDS = 7200.0
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,16 @@ class RunSettings:
     and attempts at starting a worker before the run goes on without it."""
     shard_deadline: float | None = None
     """Seconds an attempt may take; None: 20 times the slowest shard so far, at least 10 minutes, an hour at first."""
+    start_deadline: float | None = None
+    """Seconds that loading the teacher may take; None: START_DEADLINE_SECONDS."""
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "max_attempts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.shard_deadline is not None and self.shard_deadline <= 0:
-            raise InputError(f"shard_deadline must be above 0 seconds, got {self.shard_deadline}")
+        for name in ("shard_deadline", "start_deadline"):
+            if (seconds := getattr(self, name)) is not None and seconds <= 0:
+                raise InputError(f"{name} must be above 0 seconds, got {seconds}")
 
 
 class Observer(AttemptObserver, Protocol):
@@ -167,10 +174,12 @@ class _Loop:
             self._kill(slot.actor)
 
     def _has_work_in_hand(self) -> bool:
-        return any(call.kind != "start" for call in self._busy.values())
+        return any(not call.is_of_start for call in self._busy.values())
 
-    def _call(self, slot: Slot, kind: Literal["start", "score", "commit"]) -> None:
+    def _call(self, slot: Slot, kind: Literal["place", "start", "score", "commit"]) -> None:
         match kind:
+            case "place":
+                ref = slot.actor.__ray_ready__.remote()
             case "start":
                 ref = slot.actor.start.remote()
             case "score":
@@ -183,7 +192,7 @@ class _Loop:
     def _start(self, slot: Slot) -> None:
         slot.scoring = slot.scored = slot.writing = slot.unavailable_since = None
         slot.info, slot.is_leaving, slot.failed_in_row = NOT_STARTED, False, 0
-        self._call(slot, "start")
+        self._call(slot, "place")
 
     def _replace(self, slot: Slot) -> None:
         self._kill(slot.actor)
@@ -220,14 +229,17 @@ class _Loop:
         except RayTaskError as e:
             self._receive_error(call, e.cause)
         except RayError as e:
-            if call.kind != "start":
-                self._lose(slot, e)
-            else:
+            if call.is_of_start:
                 self._fail_start(slot, reason_of(e), is_blameless=is_preempted(e))
+            else:
+                self._lose(slot, e)
         else:
             slot.unavailable_since = None
-            self._receive_answer(call, answer)
-            self._go_on(slot)
+            if call.kind == "place":
+                self._call(slot, "start")
+            else:
+                self._receive_answer(call, answer)
+                self._go_on(slot)
 
     def _receive_answer(self, call: Call, answer: Any) -> None:
         slot = call.slot
@@ -281,12 +293,16 @@ class _Loop:
             self._shards.give_back(task, reason)
             return
         self._shards.failed(task, reason, may_be_samples=not isinstance(cause, StoreError))
-        if slot.failed_in_row >= self._settings.max_attempts and not slot.is_leaving:
+        if slot.is_leaving:
+            return
+        if isinstance(cause, TeacherLostError):
+            self._leave(slot, "its teacher has failed")
+        elif slot.failed_in_row >= self._settings.max_attempts:
             # It may be the process: an error of CUDA stays, and one worker would go through all shards with it.
             self._leave(slot, f"{counted(slot.failed_in_row, 'attempt')} in a row failed")
 
     def _is_patient(self, slot: Slot, reason: str) -> bool:
-        """Whether to wait longer for the store; says so now and then."""
+        """Whether to wait longer for the store before it costs the shard an attempt; says so now and then."""
         now = time.monotonic()
         slot.unavailable_since = slot.unavailable_since or now
         waited = now - slot.unavailable_since
@@ -337,13 +353,19 @@ class _Loop:
 
     def _enforce_deadlines(self) -> None:
         to_score, now = self._deadline(), time.monotonic()
+        to_start = self._settings.start_deadline or START_DEADLINE_SECONDS
         # Clients of stores have patience, and end on their own.
-        deadlines = {"start": math.inf, "score": to_score, "commit": max(to_score, LEAST_DEADLINE_SECONDS)}
+        to_commit = max(to_score, LEAST_DEADLINE_SECONDS)
+        deadlines = {"place": math.inf, "start": to_start, "score": to_score, "commit": to_commit}
         for call in [call for call in self._busy.values() if now - call.since > deadlines[call.kind]]:
-            slot = call.slot
-            if call in self._busy.values():
-                within = f"{deadlines[call.kind]:.0f} s; allow more with --shard-deadline"
-                reason = f"no answer within {within} (on {slot.info.name})"
+            slot, within = call.slot, f"within {deadlines[call.kind]:.0f} s; allow more with"
+            if call not in self._busy.values():
+                continue  # its actor has gone with the call before
+            if call.kind == "start":
+                self._take_back(slot, None, "")
+                self._fail_start(slot, f"it has not loaded the teacher {within} --start-deadline", is_blameless=False)
+            else:
+                reason = f"no answer {within} --shard-deadline (on {slot.info.name})"
                 self._take_back(slot, slot.scoring if call.kind == "score" else slot.writing, reason)
                 self._replace(slot)
 
@@ -358,7 +380,8 @@ class _Loop:
     def _leave_draining_nodes(self) -> None:
         nodes = draining_nodes()
         for slot in {call.slot.number: call.slot for call in self._busy.values()}.values():
-            if slot.info.node in nodes and not slot.is_leaving:
+            is_drained = any(node in nodes for node in (slot.info.node, *slot.info.other_nodes))
+            if is_drained and not slot.is_leaving:
                 self._leave(slot, "its node is being drained")
 
     def _leave(self, slot: Slot, reason: str) -> None:

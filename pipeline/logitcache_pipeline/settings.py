@@ -12,6 +12,7 @@ from logitcache_storage.schema import CONTAINERS, PRECISIONS
 
 ROLES = ("teacher", "reference")
 LOG_FORMATS = ("text", "json")
+OVERLONG = ("truncate", "skip", "refuse")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,10 +25,16 @@ class BuildSettings:
     data: tuple[str, ...]
     cache: str
     engine: str = "transformers"
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool = False
+    """Run code that comes with the teacher, here and in every worker."""
     dtype: str = "auto"
     """"float32", "bfloat16" or "float16"; "auto": bfloat16 for workers with GPUs, float32 without."""
     tensor_parallel: int = 1
     """Devices that share one copy of the model; for the engine vllm."""
+    nodes_per_worker: int = 1
+    """Nodes that those devices lie on; above 1 a worker has a placement group, and vLLM's Ray executor in it."""
     engine_options: dict[str, Any] = field(default_factory=dict)
     """Handed to the engine as they are, e.g. vLLM's gpu_memory_utilization."""
     role: str = "teacher"
@@ -41,7 +48,7 @@ class BuildSettings:
     """Target rows of a shard; None: see `plan.default_shard_rows`."""
     max_length: int | None = None
     """Tokens of a sample; None: as many as the teacher takes."""
-    overlong: Any = "truncate"
+    overlong: str = "truncate"
     prompt_field: str | None = None
     response_field: str | None = None
     workers: int | None = None
@@ -55,6 +62,8 @@ class BuildSettings:
     max_attempts: int = 3
     shard_deadline: float | None = None
     """Seconds; None: see `run.RunSettings`."""
+    start_deadline: float | None = None
+    """Seconds that a worker may load the teacher; None: two hours."""
     ray_address: str | None = None
     """Address of a Ray cluster; None: a local one that lives as long as the build."""
     extend: bool = False
@@ -75,15 +84,21 @@ class BuildSettings:
     """In any currency; with `calibrate`."""
 
     @property
+    def loading_options(self) -> dict[str, Any]:
+        """What `from_pretrained` is told wherever something of the teacher is loaded, under transformers' names."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    @property
     def teacher_options(self) -> dict[str, Any]:
         """What the engine is told besides path and dtype."""
-        options = dict(self.engine_options)
+        options = self.engine_options | self.loading_options
         if self.tokens_per_batch is not None:
             options["tokens_per_batch"] = self.tokens_per_batch
         if self.compile:
             options["compile"] = True
         if self.engine == "vllm":
             options["tensor_parallel"] = self.tensor_parallel
+            options["nodes_per_worker"] = self.nodes_per_worker
         return options
 
     @property
@@ -103,17 +118,20 @@ class BuildSettings:
             "precision": PRECISIONS,
             "format": CONTAINERS,
             "log_format": LOG_FORMATS,
+            "overlong": OVERLONG,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         if not 0.0 < self.kept_mass <= 1.0:
             raise InputError(f"kept_mass must be above 0 and at most 1, got {self.kept_mass}")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
+        if self.gpus_per_worker is not None and not 0 <= self.gpus_per_worker < math.inf:
             raise InputError(f"gpus_per_worker must be at least 0, got {self.gpus_per_worker}")
-        if self.shard_deadline is not None and self.shard_deadline <= 0:
-            raise InputError(f"shard_deadline must be above 0 seconds, got {self.shard_deadline}")
-        for name in ("tensor_parallel", "shard_rows", "workers", "tokens_per_batch", "max_attempts"):
+        for name in ("shard_deadline", "start_deadline"):
+            if (seconds := getattr(self, name)) is not None and not seconds > 0:
+                raise InputError(f"{name} must be above 0 seconds, got {seconds}")
+        counts = ("tensor_parallel", "nodes_per_worker", "shard_rows", "workers", "tokens_per_batch", "max_attempts")
+        for name in counts:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
@@ -129,11 +147,20 @@ class BuildSettings:
             )
 
     def _check_engine(self) -> None:
+        if own := sorted(self.engine_options.keys() & self.__dataclass_fields__):
+            option = f"--{own[0].replace('_', '-')}"
+            raise InputError(f"engine_options has {own[0]!r}, which has an option of its own; give it with {option}")
         if self.engine != "vllm" and self.tensor_parallel > 1:
             raise InputError(
                 f"the engine {self.engine} runs on one device, got tensor_parallel {self.tensor_parallel};"
                 " use --engine vllm for a model that needs several"
             )
+        if "pipeline_parallel_size" in self.engine_options:
+            raise InputError(
+                "engine_options has 'pipeline_parallel_size', and no model is run in stages here; leave it out, and"
+                " spread the model over N GPUs of M nodes with --tensor-parallel N --nodes-per-worker M"
+            )
+        self._check_nodes()
         if self.engine == "vllm" and self.compile:
             raise InputError(
                 "the engine vllm compiles by itself; leave compile out, or say what it shall do with"
@@ -143,6 +170,18 @@ class BuildSettings:
             raise InputError(
                 f"gpus_per_worker is {self.gpus_per_worker:g}, and a worker needs {self.tensor_parallel} GPUs for"
                 f" tensor_parallel {self.tensor_parallel}; leave --gpus-per-worker out"
+            )
+
+    def _check_nodes(self) -> None:
+        if self.tensor_parallel % self.nodes_per_worker:
+            raise InputError(
+                f"nodes_per_worker is {self.nodes_per_worker}, which does not divide tensor_parallel"
+                f" {self.tensor_parallel}; let each node hold as many of a worker's GPUs"
+            )
+        if self.nodes_per_worker > 1 and self.gpus_per_worker == 0:
+            raise InputError(
+                f"gpus_per_worker is 0, and nodes_per_worker {self.nodes_per_worker}: only GPUs are spread over nodes;"
+                " leave one of the two out"
             )
 
     def _check_estimate(self) -> None:

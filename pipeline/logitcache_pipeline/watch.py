@@ -47,6 +47,7 @@ class RunWatcher:
         self._log = log.beside(meter.note)
         self._names: dict[int, str] = {}
         self._last_progress = time.monotonic()
+        self._is_shared = False
 
     def worker_started(self, worker: int, name: str) -> None:
         """A worker has loaded its teacher."""
@@ -65,6 +66,14 @@ class RunWatcher:
             text = f"{names} (key {sample.key}) is quarantined, and shard {outcome.shard} committed without it"
             about = {"shard": outcome.shard, "key": sample.key, "source_ids": sample.source_ids}
             self._log.warning("sample_quarantined", f"{text}: {sample.reason}", **about, reason=sample.reason)
+        for warning in outcome.warnings:
+            text = f"worker {worker} ({self._names[worker]}): {warning}"
+            self._log.warning("worker_warning", text, worker=worker, reason=warning)
+        if not outcome.scored and not self._is_shared:
+            self._is_shared = True
+            whose = "by another build of this cache, or by a worker that has been lost"
+            text = f"shard {outcome.shard} was committed meanwhile, {whose}"
+            self._log.info("shared", text, shard=outcome.shard)
         now = time.monotonic()
         if self._log.as_json and now - self._last_progress >= LINE_EVERY_SECONDS:
             self._last_progress = now

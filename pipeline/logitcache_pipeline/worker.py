@@ -7,6 +7,7 @@ is being written is finished.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -83,6 +84,8 @@ class WorkerInfo:
     """For people."""
     node: str = ""
     """Ray's id of the node it runs on; empty outside of Ray."""
+    other_nodes: tuple[str, ...] = ()
+    """Of those where else its teacher has GPUs."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class ShardOutcome:
     """Of checking, encoding, writing and committing."""
     excluded: tuple[ExcludedSample, ...] = ()
     """Samples that the shard is committed without."""
+    warnings: tuple[str, ...] = ()
+    """What the engine has warned of since the worker's last shard, e.g. that it makes smaller batches."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,10 +128,11 @@ class ScoringWorker:
         self._store = open_store(url, storage_options)
         self._settings = settings
         self._scored: dict[int, _Rows] = {}
+        self._warnings = _Warnings()
         self._teacher_thread = ThreadPoolExecutor(1, "teacher")
         self._stopping: Future[None] = Future()
-        name, node = f"{socket.gethostname()}:{os.getpid()}", _ray_node()
-        self.info = WorkerInfo(name, node)
+        name, (node, *others) = f"{socket.gethostname()}:{os.getpid()}", _ray_nodes()
+        self.info = WorkerInfo(name, node, tuple(others))
         if node and threading.current_thread() is threading.main_thread():  # which does nothing else in an actor
             signal.signal(signal.SIGTERM, lambda *_: self.stop())
 
@@ -189,6 +195,7 @@ class ScoringWorker:
             num_tokens=rows.num_tokens,
             store_seconds=time.perf_counter() - start,
             excluded=record.excluded or (),
+            warnings=self._warnings.taken(),
         )
 
     def stop(self) -> None:
@@ -205,7 +212,8 @@ class ScoringWorker:
     def _rows(self, tokens: Sequence[tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]]) -> _Rows:
         start = time.perf_counter()
         requests = [ScoringRequest(input_ids, positions) for input_ids, positions in tokens]
-        topk = TopKLogProbs.concatenate(self._teacher.score(requests, self._identity.k))
+        with self._warnings:
+            topk = TopKLogProbs.concatenate(self._teacher.score(requests, self._identity.k))
         if self._identity.kept_mass < 1.0:
             topk = topk.keep_mass(self._identity.kept_mass)
         return _Rows(
@@ -287,6 +295,31 @@ class ScoringWorker:
         return teacher
 
 
+class _Warnings(logging.Handler):
+    """What is warned of in this package within its `with` blocks: here it would stand in a log of this node alone."""
+
+    MOST = 20
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self._found = [*self._found[1 - self.MOST :], record.getMessage()]
+
+    def taken(self) -> tuple[str, ...]:
+        """The last of them, since the last call."""
+        found, self._found = self._found, []
+        return tuple(found)
+
+    def __enter__(self) -> None:
+        logging.getLogger(__package__).addHandler(self)
+
+    def __exit__(self, *exception: object) -> None:
+        logging.getLogger(__package__).removeHandler(self)
+
+
 def _check_same_teacher(teacher: Teacher, identity: CacheIdentity) -> None:
     """A node may hold another checkpoint under the same path."""
     for name in ("weights", "config", "dtype", "engine"):
@@ -314,13 +347,15 @@ def _check_length(teacher: Teacher, plan: PlanRecord) -> None:
         )
 
 
-def _ray_node() -> str:
-    """Ray's id of this node, if this process is a Ray actor's."""
+def _ray_nodes() -> list[str]:
+    """Ray's ids of this node and the others of its placement group, if this process is a Ray actor's."""
     if "ray" not in sys.modules:
-        return ""
+        return [""]
     import ray
 
-    if not ray.is_initialized():
-        return ""
-    context = ray.get_runtime_context()
-    return str(context.get_node_id()) if context.get_actor_id() else ""
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    if context is None or not context.get_actor_id():
+        return [""]
+    node, group = str(context.get_node_id()), ray.util.get_current_placement_group()
+    nodes = set() if group is None else set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
+    return [node, *sorted(nodes - {node})]

@@ -83,10 +83,11 @@ class Sleepers:
 
 
 class Slot:
-    """One simulated worker, with the three methods of a Ray actor that the driver calls."""
+    """One simulated worker, with the four methods of a Ray actor that the driver calls."""
 
     def __init__(self, actor: Any, seconds: float) -> None:
         self._actor, self._seconds = actor, seconds
+        self.__ray_ready__ = actor.__ray_ready__
         self.start = actor.start
         self.score = _Method(lambda task: actor.score.remote(task, self._duration(task.shard)))
         self.commit = _Method(lambda shard: actor.commit.remote(shard, self._duration(shard)))

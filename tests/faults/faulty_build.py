@@ -7,11 +7,10 @@
     "... hangs"      nothing happens any more
     "... once"       none of these after the first time
     "... waits"      until FOLDER/go is there
+    "... eats"       it is scored by the engine transformers, whose batches of more than MOST_TOKENS tokens ask for more
+                     memory than there is; FOLDER/batches has the tokens of each
 
 and nothing of the kind once the first word of the sample stands in FOLDER/mended.
-
-Where FOLDER has a file `hungry`, the teacher is the engine transformers instead, and its batches of more than
-MOST_TOKENS tokens ask for more memory than there is; FOLDER/batches has the tokens of each.
 
 FOLDER remembers what has happened, and is the same for every driver and worker.
 """
@@ -20,6 +19,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 
 import logitcache_pipeline.build as build_module
-from logitcache_pipeline.engines.base import ScoringRequest
+from logitcache_pipeline.engines.base import ScoringRequest, load_teacher
 from logitcache_pipeline.fingerprint import teacher_identity
 from logitcache_pipeline.testing import MAX_LENGTH, VOCAB_SIZE
 from logitcache_pipeline.worker import ScoringWorker
 from logitcache_storage.cli import main
+from logitcache_storage.errors import StoreUnavailableError
 from logitcache_storage.topk import TopKLogProbs
 
 MOST_TOKENS = 60
@@ -67,14 +68,42 @@ class SufferingTeacher:
 
         self.identity = teacher_identity(path, dtype="float32", engine="transformers")
         self._tokenizer, self._folder = Tokenizer.from_file(f"{path}/tokenizer.json"), folder
+        self._loading: threading.Thread | None = None
 
     def score(self, requests: Sequence[ScoringRequest], k: int) -> list[TopKLogProbs]:
-        for request in requests:
-            self._suffer(self._tokenizer.decode(request.input_ids.tolist()))
-        return [rows_of(request.input_ids, request.target_positions, k) for request in requests]
+        texts = [self._tokenizer.decode(request.input_ids.tolist()).partition(".")[0].split() for request in requests]
+        for words in texts:
+            self._suffer(words)
+        rows = [rows_of(request.input_ids, request.target_positions, k) for request in requests]
+        if eating := [i for i, words in enumerate(texts) if "eats" in words]:
+            for i, answer in zip(eating, self._real().score([requests[i] for i in eating], k), strict=True):
+                rows[i] = answer
+        return rows
 
-    def _suffer(self, text: str) -> None:
-        words = text.partition(".")[0].split()
+    def _real(self) -> Any:
+        """The engine. Importing torch takes seconds, meanwhile the driver is told to ask again, as if for the store."""
+        if self._loading is None:
+            self._loading = threading.Thread(target=self._load, daemon=True)
+            self._loading.start()
+        self._loading.join(1)
+        if self._loading.is_alive():
+            raise StoreUnavailableError("torch is being imported")
+        return self._engine
+
+    def _load(self) -> None:
+        engine: Any = load_teacher("transformers", self.identity.id, "float32", "cpu")
+        engine._model.base_model.register_forward_pre_hook(self._allocate, with_kwargs=True)
+        self._engine = engine
+
+    def _allocate(self, module: Any, args: Any, kwargs: Any) -> None:
+        import torch
+
+        num_tokens = kwargs["input_ids"].numel()
+        with (self._folder / "batches").open("a") as f:
+            f.write(f"{num_tokens}\n")
+        torch.empty(2**50 if num_tokens > MOST_TOKENS else 0, dtype=torch.uint8)
+
+    def _suffer(self, words: Sequence[str]) -> None:
         happened, mended = self._folder / words[0], self._folder / "mended"
         if ("once" in words and happened.exists()) or (mended.exists() and words[0] in mended.read_text().split()):
             return
@@ -100,30 +129,8 @@ class SufferingWorker(ScoringWorker):
         return self.suffering
 
 
-class HungryWorker(ScoringWorker):
-    """A worker of which the allocator refuses what large batches ask for."""
-
-    folder = Path()
-
-    @property
-    def _teacher(self) -> Any:
-        if "hungry" not in vars(self):
-            self.hungry: Any = super()._teacher
-            self.hungry._model.base_model.register_forward_pre_hook(self._allocate, with_kwargs=True)
-        return self.hungry
-
-    def _allocate(self, module: Any, args: Any, kwargs: Any) -> None:
-        import torch
-
-        num_tokens = kwargs["input_ids"].numel()
-        with (self.folder / "batches").open("a") as f:
-            f.write(f"{num_tokens}\n")
-        torch.empty(2**50 if num_tokens > MOST_TOKENS else 0, dtype=torch.uint8)
-
-
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    worker = HungryWorker if (folder / "hungry").exists() else SufferingWorker
-    worker.folder = folder
-    build_module.ScoringWorker = worker  # type: ignore[misc]
+    SufferingWorker.folder = folder
+    build_module.ScoringWorker = SufferingWorker  # type: ignore[misc]
     sys.exit(main(sys.argv[2:]))

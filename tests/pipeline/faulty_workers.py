@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from logitcache_pipeline.engines.base import TeacherLostError
 from logitcache_pipeline.run import RunSettings, run_shards
 from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo, WorkerStoppingError
 from logitcache_storage.errors import MismatchError, StoreError, StoreUnavailableError
@@ -63,6 +64,8 @@ class FaultyWorker:
         match fault:
             case "raise":
                 raise RuntimeError(f"{name} is bad")
+            case "lose":
+                raise TeacherLostError(f"{name} was too much")
             case "break":
                 self._broken = True
                 raise RuntimeError(f"{name} breaks it")

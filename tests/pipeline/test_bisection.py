@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -149,6 +150,47 @@ def test_a_shard_that_is_given_back_costs_nothing_for_a_while():
     assert attempts.is_suspect(attempts.peek())
     attempts.give_back(attempts.take(), "told to stop")
     assert (len(attempts), events.quarantined) == (0, {0: ["told to stop"]})
+
+
+def test_nearly_equal_shards_keep_their_order_and_much_longer_ones_come_first():
+    tasks = [ShardTask(shard, np.arange(1), 10, tokens) for shard, tokens in enumerate([1000, 960, 300, 980, 4000])]
+    attempts = Attempts(tasks, 2, Events())
+    assert [attempts.take().shard for _ in tasks] == [4, 0, 1, 3, 2]
+
+
+def test_two_builds_that_begin_in_orders_of_their_own_score_few_shards_twice():
+    """In step, which is the worst; each knows what is committed when it takes a shard."""
+    num_shards, num_scored = 200, 0
+    committed: set[int] = set()
+    tasks = [ShardTask(shard, np.arange(1), 10, 10_000 + shard * 37 % 400) for shard in range(num_shards)]
+    builds = [Attempts(random.Random(seed).sample(tasks, num_shards), 2, Events()) for seed in range(2)]
+
+    def next_shards(build: Attempts) -> list[int]:
+        found: list[int] = []
+        while len(build) and len(found) < 4:
+            if (number := build.take().shard) not in committed:
+                found.append(number)
+        return found
+
+    while taken := [number for build in builds for number in next_shards(build)]:
+        num_scored += len(taken)
+        committed.update(taken)
+    assert len(committed) == num_shards and num_scored < 1.15 * num_shards
+
+
+def test_what_the_store_refuses_in_a_search_is_given_back_for_a_while():
+    events = Events()
+    attempts = Attempts([shard(8)], 1, events)
+    attempts.failed(attempts.take(), "bad")
+    for num_left in range(MOST_GIVEN_BACK, 0, -1):
+        probe = attempts.take()
+        assert probe.is_probe and probe.samples.tolist() == [0, 1, 2, 3]
+        attempts.failed(probe, f"the disk is full {num_left}", may_be_samples=False)
+    assert (events.num_failed, events.given_back_shards, events.quarantined) == (1, [0] * MOST_GIVEN_BACK, {})
+    attempts.passed(attempts.take())
+    assert attempts.peek().samples.tolist() == [4, 5]
+    attempts.failed(attempts.take(), "the disk is full", may_be_samples=False)
+    assert list(events.quarantined) == [0] and not len(attempts)
 
 
 def test_what_the_store_refuses_is_not_searched():

@@ -46,6 +46,24 @@ def test_a_cluster_without_the_gpus_is_refused(nodes, gpus):
         decide_workers(nodes, None, gpus)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "workers", "expected"),
+    [
+        ([GPU_NODE, GPU_NODE], None, Cluster(1, 1.0, 8.0, 1, 2)),
+        ([GPU_NODE] * 5, None, Cluster(2, 1.0, 8.0, 2, 2)),
+        ([GPU_NODE] * 2, 3, Cluster(3, 1.0, 8.0, 1, 2)),
+        ([{"GPU": 8.0}, CPU_NODE], None, Cluster(1, 1.0, 8.0, 1, 2)),
+    ],
+)
+def test_workers_of_eight_gpus_on_two_nodes(nodes, workers, expected):
+    assert decide_workers(nodes, workers, 8.0, 2, may_grow=True) == expected
+
+
+def test_too_few_nodes_for_one_worker_are_refused():
+    with pytest.raises(InputError, match=r"needs 4 GPUs on each of 2 nodes, .* has 4 on 2 nodes; add GPU nodes$"):
+        decide_workers([GPU_NODE, CPU_NODE], 1, 8.0, 2)
+
+
 def test_workers_wait_for_nodes_that_may_join_where_it_is_known_how_many():
     assert decide_workers([CPU_NODE], 5, 2.0, may_grow=True) == Cluster(5, 1.0, 2.0, 0)
     with pytest.raises(InputError, match=r"no node of the Ray cluster has as many .*wait with --workers N"):

@@ -18,7 +18,10 @@ from logitcache_pipeline.commands.build import COMMAND
 from logitcache_pipeline.settings import BuildSettings
 from logitcache_storage import Cache
 from logitcache_storage.cli import main
+from logitcache_storage.commands.arguments import storage_options
 from logitcache_storage.commit import commit_path
+from logitcache_storage.errors import InputError
+from logitcache_storage.record_json import parse
 from logitcache_storage.verify import verify_cache
 
 GIVEN = ["--teacher", "t", "--data", "c.jsonl", "--cache", "c"]
@@ -49,6 +52,22 @@ def test_every_setting_has_an_option_with_help():
     assert names | {"config", "storage_options", "data_storage_options", "json", "help"} == options.keys()
     assert all(action.help for action in options.values())
     assert vars(parser.parse_args([])) == {}
+
+
+def test_every_option_is_taken():
+    """Each alone, with a value of its kind; some do not go without others, which is refused by a sentence."""
+    parser = ArgumentParser()
+    COMMAND.add_arguments(parser)
+    values = {int: "3", float: "0.5", None: "x", storage_options: '{"max_model_len": 64}'}
+    for action in (a for a in parser._actions if a.dest in {f.name for f in fields(BuildSettings)}):
+        value = [] if action.nargs == 0 else [action.choices[-1] if action.choices else values[action.type]]
+        found = vars(parser.parse_args([*GIVEN, action.option_strings[0], *value]))
+        try:
+            settings = parse(BuildSettings, found, where="arguments")
+        except InputError as e:
+            assert "expected" not in str(e)
+        else:
+            assert getattr(settings, action.dest) not in ([], "", None)
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

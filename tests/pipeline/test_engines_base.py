@@ -40,6 +40,11 @@ def test_an_unknown_engine_is_answered_with_the_known_ones():
         load_teacher("gguf", "somewhere")
 
 
+def test_an_unknown_option_of_an_engine_is_named():
+    with pytest.raises(InputError, match=r"the engine transformers does not take these engine options: .*'colour'"):
+        load_teacher("transformers", "somewhere", colour="red")
+
+
 def test_the_protocol_imports_neither_torch_nor_transformers():
     code = "import sys, logitcache_pipeline.engines as e; print(not {'torch', 'transformers'} & set(sys.modules))"
     path = ["pipeline", "storage"]

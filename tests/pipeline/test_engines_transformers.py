@@ -95,9 +95,11 @@ def save(folder, family, edit=None, **overrides):
     return model
 
 
-def teacher_of(folder, **options):
+def teacher_of(folder, edit=None, **options):
     """With a model of its own, whose attention may be replaced."""
     model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if edit is not None:
+        edit(model)
     identity = teacher_identity(str(folder), dtype="float32", engine="transformers")
     return TransformersTeacher(model, identity, **options)
 
@@ -130,7 +132,10 @@ def full_log_probs(model, request):
     return torch.log_softmax(logits, dim=-1).numpy()[request.target_positions - 1]
 
 
-def assert_scored(model, requests, answers, k, atol=NATS):
+def assert_scored(model, teacher, requests=None, k=7, atol=NATS):
+    """The teacher's answers are what the model says of each sample alone; returns them."""
+    requests = ragged() if requests is None else requests
+    answers = teacher.score(requests, k)
     assert len(answers) == len(requests)
     for request, answer in zip(requests, answers, strict=True):
         expected = full_log_probs(model, request)
@@ -144,6 +149,7 @@ def assert_scored(model, requests, answers, k, atol=NATS):
         assert_allclose(answer.log_tail, tail, rtol=0, atol=atol)
         assert_allclose(answer.label_log_prob, expected[np.arange(len(labels)), labels], rtol=0, atol=atol)
         assert_array_equal(answer.num_kept, k)
+    return answers
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -152,8 +158,7 @@ def test_every_family_scores_like_its_own_logits(family, tmp_path):
     teacher = load_teacher("transformers", str(tmp_path), device="cpu", tokens_per_batch=70)
     assert teacher.vocab_size == V
     assert teacher.layout == ("padded" if family in NEVER_PACKED else "packed")
-    requests = ragged()
-    assert_scored(model, requests, teacher.score(requests, 7), 7)
+    assert_scored(model, teacher)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
@@ -161,8 +166,7 @@ def test_padded_batches_score_like_packed_ones(family, tmp_path):
     model = save(tmp_path, family)
     teacher = teacher_of(tmp_path, layouts=["padded"], tokens_per_batch=70)
     assert teacher.layout == "padded"
-    requests = ragged()
-    assert_scored(model, requests, teacher.score(requests, 7), 7)
+    assert_scored(model, teacher)
 
 
 def test_the_window_of_the_sliding_family_is_shorter_than_its_samples(tmp_path):
@@ -178,9 +182,7 @@ def test_the_window_of_the_sliding_family_is_shorter_than_its_samples(tmp_path):
 def test_any_k_and_any_budget(llama, k, tokens_per_batch):
     model, folder = llama
     teacher = TransformersTeacher.load(str(folder), tokens_per_batch=tokens_per_batch)
-    requests = ragged((2, 63, 3, 3, 64, 7, 11, 2))
-    answers = teacher.score(requests, k)
-    assert_scored(model, requests, answers, k)
+    answers = assert_scored(model, teacher, ragged((2, 63, 3, 3, 64, 7, 11, 2)), k)
     assert (k == V) == all(np.isneginf(a.log_tail).all() for a in answers)
 
 
@@ -200,8 +202,7 @@ def test_a_model_that_cannot_be_packed_keeps_its_own_attention(tmp_path):
 def test_attention_of_the_users_choice_is_left_alone(llama):
     teacher = TransformersTeacher.load(str(llama[1]), attention="eager", device="cpu")
     assert teacher.layout == "padded"
-    requests = ragged()
-    assert_scored(llama[0], requests, teacher.score(requests, 7), 7)
+    assert_scored(llama[0], teacher)
 
 
 def test_longrope_keeps_short_and_long_sequences_apart(tmp_path):
@@ -291,20 +292,14 @@ def test_a_head_that_is_not_understood_is_refused(tmp_path):
         TransformersTeacher.load(str(tmp_path))
 
 
-def test_a_head_that_is_not_linear_is_refused(tmp_path):
-    model = save(tmp_path, "llama")
-    identity = teacher_identity(str(tmp_path), dtype="float32", engine="transformers")
-    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.ReLU())
+def test_a_head_that_is_not_linear_is_refused(llama):
     with pytest.raises(InputError, match="has an output layer of Sequential, expected a linear layer"):
-        TransformersTeacher(model, identity)
+        teacher_of(llama[1], lambda model: model.set_output_embeddings(torch.nn.Sequential(model.lm_head)))
 
 
-def test_a_model_without_a_backbone_is_refused(tmp_path):
-    model = save(tmp_path, "llama")
-    identity = teacher_identity(str(tmp_path), dtype="float32", engine="transformers")
-    model.base_model_prefix = "trunk"
+def test_a_model_without_a_backbone_is_refused(llama):
     with pytest.raises(InputError, match=r"\(LlamaForCausalLM\) has no 'trunk', expected a backbone"):
-        TransformersTeacher(model, identity)
+        teacher_of(llama[1], lambda model: setattr(model, "base_model_prefix", "trunk"))
 
 
 @pytest.mark.parametrize(
@@ -351,12 +346,11 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(llama, layout, num_ha
     requests = ragged((5, 40, 2, 17, 16, 33, 9, 40, 38))
     tried = limit_memory(teacher, 60)
     with caplog.at_level("WARNING"):
-        answers = teacher.score(requests, 7)
-    assert_scored(model, requests, answers, 7)
+        assert_scored(model, teacher, requests)
     assert len([n for n in tried if n > 60]) == len(caplog.records) == num_halvings
     assert f"batches have at most {teacher._tokens_per_batch} from now on" in caplog.messages[-1]
     tried.clear()
-    assert_scored(model, requests, teacher.score(requests, 7), 7)
+    assert_scored(model, teacher, requests)
     assert max(tried) <= 60
 
 
@@ -368,8 +362,7 @@ def test_a_sequence_that_does_not_fit_by_itself_is_named_and_the_others_can_be_s
         LogitCacheError, match=r"a sequence of 40 tokens .* memory of cpu \(CUDA out.*; lower max_length"
     ):
         teacher.score(ragged((5, 40, 2, 17)), 7)
-    short = ragged((5, 30, 2, 17))
-    assert_scored(model, short, teacher.score(short, 7), 7)
+    assert_scored(model, teacher, ragged((5, 30, 2, 17)))
 
 
 def test_the_device_has_the_next_batch_before_the_answers_are_fetched(llama, monkeypatch):
@@ -384,9 +377,8 @@ def test_the_device_has_the_next_batch_before_the_answers_are_fetched(llama, mon
 def test_compiled_it_scores_the_same(tmp_path):
     model = save(tmp_path, "llama", num_hidden_layers=1)
     teacher = teacher_of(tmp_path, tokens_per_batch=70, compile=True)
-    requests = ragged()
     # Fused, float32 is rounded at other places: a few units in the last place of logits up to 16.
-    assert_scored(model, requests, teacher.score(requests, 7), 7, atol=1e-4)
+    assert_scored(model, teacher, atol=1e-4)
 
 
 def test_a_compiler_that_fails_is_told_with_the_remedy(tmp_path):

@@ -7,6 +7,10 @@ import importlib.util
 import json
 import math
 import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +216,89 @@ def test_a_build_gives_the_cache_that_transformers_gives(tmp_path):
     )
     report = rescore_samples(ours, 3, engine_options={"enforce_eager": True})
     assert report.agrees and report.label.largest <= 5 * TOLERANCE
+
+
+RAY_ON_CPUS = {
+    "ray_on_cpus.py": """
+from vllm.platforms.cpu import CpuPlatform
+
+class RayOnCpus(CpuPlatform):
+    ray_device_key = "GPU"
+
+def platform():
+    return "ray_on_cpus.RayOnCpus"
+""",
+    "ray_on_cpus-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: ray-on-cpus\nVersion: 1\n",
+    "ray_on_cpus-1.dist-info/entry_points.txt": "[vllm.platform_plugins]\nray_on_cpus = ray_on_cpus:platform\n",
+}
+"""A package that vLLM takes its platform from: its own for CPUs does not say what Ray calls its devices."""
+
+
+@pytest.fixture
+def three_nodes(tmp_path, monkeypatch):
+    """A Ray cluster of three nodes with a GPU each, as Ray believes."""
+    from ray.cluster_utils import Cluster
+
+    for name, text in RAY_ON_CPUS.items():
+        file = tmp_path / "plugin" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugin"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "num_gpus": 0, "include_dashboard": False})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, num_gpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+def lose_a_rank(cluster, cache, lost):
+    """As soon as shards are committed, take the node away where a rank runs and the worker does not."""
+    import ray
+
+    while len(list((cache / "commits").glob("*"))) < 3:
+        time.sleep(0.05)
+    (group,) = [group for group in ray.util.placement_group_table().values() if group["state"] == "CREATED"]
+    actor_node, rank_node = (group["bundles_to_node_id"][i] for i in range(2))
+    lost += [actor_node, rank_node]
+    cluster.remove_node(next(n for n in cluster.worker_nodes if n.node_id == rank_node), allow_graceful=False)
+
+
+@pytest.mark.timeout(600)
+def test_one_teacher_over_two_nodes_gives_the_same_cache_though_one_is_lost(tmp_path, three_nodes):
+    teacher = write_teacher(tmp_path / "teacher", head_dim=32)
+    data = tmp_path / "data.jsonl"
+    records = [{"prompt": f"What is {i} + {i}?", "response": f"It is {2 * i}." * (1 + i % 5)} for i in range(100)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = BuildSettings(
+        str(teacher),
+        (str(data),),
+        str(tmp_path / "cache"),
+        engine="vllm",
+        dtype="float32",
+        precision="fp32",
+        k=K,
+        shard_rows=24,
+        tensor_parallel=2,
+        nodes_per_worker=2,
+        engine_options={"enforce_eager": True},
+        ray_address=three_nodes.address,
+    )
+    found = dry_run(replace(settings, dry_run=True, calibrate=0.5, price_per_gpu_hour=3.0))
+    assert found["rate"]["device"] == "2 GPUs of 2 nodes" and found["bytes"]["sampled_target_tokens"] >= 2000
+    assert found["run"]["gpu_hours"] == pytest.approx(2 * found["run"]["hours"])
+    nodes = []
+    thief = threading.Thread(target=lose_a_rank, args=(three_nodes, Path(settings.cache), nodes), daemon=True)
+    thief.start()
+    build(settings, say=lambda line: None)
+    thief.join()
+    assert len(set(nodes)) == 2
+    (run,) = json.loads((tmp_path / "cache/report.json").read_text())["runs"]
+    assert run["workers"][0]["starts"] == 2 and run["failed_attempts"] == 1
+    cache = Cache.open(settings.cache)
+    assert cache.is_complete and len(cache) == 100
+    requests = [ScoringRequest(sample.input_ids, sample.target_positions) for sample in cache]
+    expected = TransformersTeacher.load(str(teacher), dtype="float32").score(requests, K)
+    check_equal([sample.topk for sample in cache], expected, tolerance=5 * TOLERANCE, tail=5 * TOLERANCE)
 
 
 def test_a_dry_run_asks_the_engine_in_this_process(tmp_path):

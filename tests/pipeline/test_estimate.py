@@ -202,3 +202,11 @@ def test_a_small_corpus_is_drawn_as_a_whole():
 def test_wrong_settings_are_refused(settings, changes, message):
     with pytest.raises(InputError, match=message):
         replace(settings, **changes)
+
+
+def test_a_teacher_over_nodes_that_are_not_there_is_not_waited_for(settings, ray_address):
+    spread = {"engine": "vllm", "tensor_parallel": 4, "nodes_per_worker": 2}
+    settings = replace(settings, **spread, dry_run=True, ray_address=ray_address)
+    assert dry_run(settings)["bytes"]["sampled_target_tokens"] == 0
+    with pytest.raises(InputError, match="has no 2 nodes now with the 4 GPUs that --sample-rows and --calibrate ask"):
+        dry_run(replace(settings, sample_rows=10))

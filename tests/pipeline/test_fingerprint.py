@@ -17,6 +17,7 @@ from logitcache_pipeline.fingerprint import (
     tokenizer_identity_of,
     weights_fingerprint,
 )
+from logitcache_pipeline.testing import write_teacher
 from logitcache_storage.errors import InputError
 
 
@@ -122,11 +123,16 @@ def test_the_identity_does_not_depend_on_where_the_model_lies(saved, folder):
 
 
 def test_a_hub_model_is_its_commit_and_works_offline(saved, tmp_path):
-    commit = "0123456789abcdef0123456789abcdef01234567"
+    """Other revisions of it, which unlike main have a tokenizer, are loaded wherever the teacher is."""
+    commit, old, new = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98", "a" * 40
     repo = tmp_path / "models--some--model"
     shutil.copytree(saved, repo / "snapshots" / commit)
+    for other in (old, new):
+        write_teacher(repo / "snapshots" / other)
     (repo / "refs").mkdir()
-    (repo / "refs/main").write_text(commit)
+    for name, found in {"main": commit, "old": old, "new": new}.items():
+        (repo / "refs" / name).write_text(found)
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a", "response": "b"}')
     code = (
         "import sys; sys.path[:0] = ['pipeline', 'storage']\n"
         "from logitcache_pipeline.engines import load_teacher\n"
@@ -136,12 +142,27 @@ def test_a_hub_model_is_its_commit_and_works_offline(saved, tmp_path):
         "print(mine.id, mine.revision)\n"
         "try: teacher_identity('some/other', dtype='float32', engine='transformers')\n"
         "except ValueError as e: print(e)\n"
+        "from dataclasses import replace\n"
+        "from logitcache_pipeline.build import _create_or_continue\n"
+        "from logitcache_pipeline.prepare import prepare\n"
+        "from logitcache_pipeline.rescore import _load\n"
+        "from logitcache_pipeline.settings import BuildSettings\n"
+        f"settings = BuildSettings('some/model', ({str(tmp_path / 'c.jsonl')!r},), 'cache', k=9, revision='old')\n"
+        "from logitcache_storage.objects import open_store\n"
+        f"prepared, store = prepare(settings), open_store({str(tmp_path / 'cache')!r})\n"
+        "identity = prepared.identity('float32')\n"
+        "print(identity.teacher.revision, _load('some/model', identity, {}).identity.revision)\n"
+        "_create_or_continue(store, prepared, 'float32')\n"
+        "try: _create_or_continue(store, prepare(replace(settings, revision='new')), 'float32')\n"
+        "except ValueError as e: print(e)\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     lines = found.stdout.splitlines()
     assert lines[0] == f"some/model {commit}"
     assert "'some/other' is neither a model folder nor a reachable hub id" in lines[1]
+    assert lines[2] == f"{old} {old}"
+    assert lines[-1] == f"the cache's teacher is another commit: --revision {old}"
 
 
 def test_a_tokenizer_is_its_vocabulary_special_tokens_and_template():

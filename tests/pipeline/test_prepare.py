@@ -83,9 +83,10 @@ def test_the_cache_brings_its_own_vocabulary(settings, teacher):
         ({"k": VOCAB_SIZE + 1}, rf"k must be at most the teacher's vocabulary size {VOCAB_SIZE}, got 272"),
         ({"max_length": MAX_LENGTH + 1}, f"max_length 257 is above the {MAX_LENGTH} tokens the teacher takes"),
         ({"max_length": 1}, "max_length must be at least 2"),
-        ({"overlong": "ignore"}, "overlong must be one of truncate, skip, refuse, got 'ignore'"),
+        ({"max_length": 0}, "max_length must be at least 2"),
         ({"prompt_field": "question"}, "prompt_field and response_field go together"),
         ({"data": ("missing.jsonl",)}, "missing.jsonl: no such file or folder"),
+        ({"revision": "main"}, "revision is for a hub id, and the teacher .* is a folder; leave it out"),
         ({"teacher": "./missing"}, "the teacher './missing': neither a folder nor a model that the hub gives"),
     ],
 )
@@ -107,6 +108,12 @@ def test_a_damaged_teacher_is_named_in_a_line(settings, tmp_path, file, content,
     with pytest.raises(InputError, match=f"^the teacher '{teacher}': {message}") as caught:
         prepare(replace(settings, teacher=str(teacher)))
     assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_no_language_is_named(settings, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError, match="is a vit, which has no vocabulary; expected a causal language model"):
+        prepare(replace(settings, teacher=str(tmp_path)))
 
 
 def test_a_teacher_without_weights_is_refused(settings, tmp_path):

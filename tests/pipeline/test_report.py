@@ -47,7 +47,7 @@ def test_an_entry_adds_up():
     report.worker_started(0, "a:1")
     report.worker_started(1, "b:1")
     time.sleep(0.2)
-    report.committed(outcome(1, seconds=0.05), 0)
+    report.committed(replace(outcome(1, seconds=0.05), warnings=("smaller batches",)), 0)
     report.committed(outcome(2, seconds=0.1), 0)
     report.attempt_failed()
     report.worker_started(1, "b:2")
@@ -76,6 +76,7 @@ def test_an_entry_adds_up():
     assert (first["busy_seconds"], first["store_seconds"]) == (0.15, 0.5)
     assert 0.2 <= first["seconds"] <= entry["seconds"] + 0.001
     assert first["utilisation"] == pytest.approx(0.15 / first["seconds"], abs=0.005)
+    assert (first["warnings"], second["warnings"]) == (["smaller batches"], [])
     assert entry["settings"] == {"k": 9}
     assert entry["hardware"]["nodes"] == [{"host": "a", "gpus": 1.0}]
     assert entry["versions"]["ray"] == package_versions()["ray"]

@@ -160,6 +160,13 @@ def test_a_store_that_stays_away_costs_an_attempt(tmp_path, monkeypatch):
     assert events.committed_shards == [1]
 
 
+def test_a_worker_whose_teacher_has_failed_is_replaced_at_once(tmp_path):
+    events = run(tmp_path, 3, {0: ("lose", 1)})
+    assert sorted(events.committed_shards) == [0, 1, 2]
+    assert events.leaving == [(0, "its teacher has failed")] and len(events.worker_names[0]) == 2
+    assert len(events.failures) == 1
+
+
 @pytest.mark.slow
 def test_a_node_that_is_drained_is_left(tmp_path, cluster):
     """Its worker goes on with what it has in hand and takes nothing more; one elsewhere takes its place."""
@@ -200,6 +207,22 @@ def test_a_worker_that_finds_no_room_is_not_waited_for(tmp_path):
 def test_a_worker_that_never_answers_is_not_waited_for(tmp_path):
     events = run(tmp_path, 3, {"start": ("hang", 1)}, num_workers=2)
     assert events.committed_shards == [0, 1, 2]
+
+
+def test_a_start_that_hangs_is_killed_and_counts_as_failed(tmp_path):
+    """The only core is its own: where it was not killed, nothing could take its place."""
+    workers = iter([{"start": ("hang", ALWAYS)}])
+    events = run(tmp_path, 2, lambda: next(workers, {}), cpus=4, start_deadline=1.0)
+    assert events.committed_shards == [0, 1]
+    (reason,) = events.lost_workers
+    assert reason == "it has not loaded the teacher within 1 s; allow more with --start-deadline"
+
+
+def test_waiting_for_room_is_no_start(tmp_path):
+    """The second worker finds room when the first has nothing left to do, long after the deadline of a start."""
+    slow = dict.fromkeys(range(3), ("slow", 1))
+    events = run(tmp_path, 3, slow, cpus=3, num_workers=2, start_deadline=1.0)
+    assert events.committed_shards == [0, 1, 2] and not events.lost_workers
 
 
 def test_a_run_says_that_no_worker_has_started(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -119,6 +120,25 @@ def test_only_what_is_asked_is_scored(settings):
     assert [task.shard for task in remaining_tasks(open_store(settings.cache), plan)] == [
         task.shard for task in tasks if task.shard != 3
     ]
+
+
+def test_what_the_engine_warns_of_comes_with_the_next_shard(settings, monkeypatch):
+    plan, scorer = planned(settings), worker(settings)
+    tasks = remaining_tasks(open_store(settings.cache), plan)
+    scorer.start()
+    teacher, log = scorer._teacher, logging.getLogger("logitcache_pipeline.engines.transformers")
+    score_all = teacher.score
+
+    def hungry(*args):
+        log.info("a batch")
+        log.warning("a batch of %d tokens does not fit", 90)
+        return score_all(*args)
+
+    monkeypatch.setattr(teacher, "score", hungry)
+    assert score(scorer, tasks[0]).warnings == ("a batch of 90 tokens does not fit",)
+    monkeypatch.setattr(teacher, "score", score_all)
+    log.warning("beside a score")
+    assert score(scorer, tasks[1]).warnings == ()
 
 
 def test_duplicates_share_the_rows_of_the_first(settings):

@@ -109,6 +109,12 @@ def _from_file(path: str | None) -> dict[str, Any]:
 
 def _add_main(parser: ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="PATH_OR_ID", help="model folder or hub id")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that comes with the teacher, here and in every worker: read it first",
+    )
     parser.add_argument(
         "--data",
         nargs="+",
@@ -168,6 +174,7 @@ def _add_run(parser: ArgumentParser) -> None:
     group.add_argument("--workers", type=int, metavar="N", help="Ray actors (one per GPU; one on CPUs)")
     group.add_argument("--gpus-per-worker", type=float, metavar="F", help="may be a fraction (1 where there are GPUs)")
     group.add_argument("--tensor-parallel", type=int, metavar="N", help="GPUs that share one model, with vllm (1)")
+    group.add_argument("--nodes-per-worker", type=int, metavar="N", help="nodes that these GPUs are spread over (1)")
     group.add_argument(
         "--engine-options", metavar="JSON", type=storage_options, help="for the engine, e.g. vLLM's max_model_len"
     )
@@ -186,6 +193,12 @@ def _add_run(parser: ArgumentParser) -> None:
         type=float,
         metavar="SECONDS",
         help="an attempt that takes longer is killed (20x the slowest)",
+    )
+    group.add_argument(
+        "--start-deadline",
+        type=float,
+        metavar="SECONDS",
+        help="a worker that loads the teacher for longer is killed (7,200)",
     )
     group.add_argument(
         "--allow-quarantine", type=int, metavar="N", help="samples that may be lost without exit status 1 (0)"

@@ -12,9 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from logitcache_storage.errors import InputError
+from logitcache_storage.errors import InputError, LogitCacheError
 from logitcache_storage.schema import TeacherIdentity
 from logitcache_storage.topk import TopKLogProbs
+
+
+class TeacherLostError(LogitCacheError):
+    """The teacher's engine has failed and cannot be asked again; one that is started anew can."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,7 @@ class Teacher(Protocol):
         Raises:
             InputError: k is not in 0..vocab_size, or a request is too long or holds ids outside the vocabulary.
             LogitCacheError: the model's logits are NaN or infinite.
+            TeacherLostError: it cannot score any more.
         """
 
 
@@ -99,11 +104,16 @@ def load_teacher(
         options: what the engine takes besides, e.g. `TransformersTeacher.load`.
 
     Raises:
-        InputError: unknown engine, or a model that it cannot load or score exactly.
+        InputError: unknown engine or option, or a model that it cannot load or score exactly.
     """
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}; choose from {', '.join(sorted(ENGINES))}")
-    return ENGINES[engine](path, dtype=dtype, device=device, **options)
+    try:
+        return ENGINES[engine](path, dtype=dtype, device=device, **options)
+    except TypeError as e:
+        if "keyword argument" not in str(e):
+            raise
+        raise InputError(f"the engine {engine} does not take these engine options: {e}; remove what it names") from e
 
 
 def _transformers(path: str, **options: Any) -> Teacher:

@@ -108,7 +108,7 @@ class TransformersTeacher:
                 compiled.
         """
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         try:
             config = AutoConfig.from_pretrained(path, **options)
             arithmetic = _dtype(dtype, config, where)
@@ -131,7 +131,7 @@ class TransformersTeacher:
                 " they would be random; use the complete checkpoint of a causal language model"
             )
         name = str(arithmetic).removeprefix("torch.")
-        identity = teacher_identity(path, dtype=name, engine="transformers", revision=revision)
+        identity = teacher_identity(path, dtype=name, engine="transformers", **options)
         return cls(model.eval(), identity, tokens_per_batch=tokens_per_batch, compile=compile)
 
     @property

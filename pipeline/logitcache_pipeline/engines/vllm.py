@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from logitcache_pipeline.engines.base import ScoringRequest, check_requests
+from logitcache_pipeline.engines.base import ScoringRequest, TeacherLostError, check_requests
 from logitcache_pipeline.engines.vllm_model import ARCHITECTURES, PREFIX, TASK, request_arguments, unpack
 from logitcache_pipeline.fingerprint import teacher_identity
 from logitcache_storage.errors import InputError, LogitCacheError
@@ -57,6 +57,7 @@ class VllmTeacher:
         revision: str | None = None,
         trust_remote_code: bool = False,
         tensor_parallel: int = 1,
+        nodes_per_worker: int = 1,
         tokens_per_batch: int | None = None,
         route: Route | None = None,
         **options: Any,
@@ -70,6 +71,8 @@ class VllmTeacher:
             revision: branch, tag or commit of a hub id.
             trust_remote_code: run model code that comes with the checkpoint.
             tensor_parallel: devices the model is spread over.
+            nodes_per_worker: nodes these devices are on; above 1 vLLM starts an actor for each in the placement group
+                that the calling Ray actor lies in, or in one of its own.
             tokens_per_batch: tokens of a step (vLLM's `max_num_batched_tokens`); longer prompts come in several.
             route: None: `pooling` where the architecture is known to it.
             options: handed to vLLM's `LLM`, e.g. `gpu_memory_utilization`, `max_model_len`, `quantization`.
@@ -91,13 +94,14 @@ class VllmTeacher:
             config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
             architecture, chosen = choose_route(config, route)
             log.info("vLLM scores %s (%s) by the route %s", path, architecture, chosen)
+            executor = "ray" if nodes_per_worker > 1 else "mp" if tensor_parallel > 1 else None
             common = {
                 "dtype": dtype or _stored_dtype(config),
                 "revision": revision,
                 "trust_remote_code": trust_remote_code,
                 "tensor_parallel_size": tensor_parallel,
-                # Within a Ray actor vLLM would ask Ray for actors of its own.
-                "distributed_executor_backend": "mp" if tensor_parallel > 1 else None,
+                # Of itself vLLM would ask Ray for actors of its own within every Ray actor.
+                "distributed_executor_backend": executor,
                 # What vLLM runs through transformers' own modelling code insists on a tokenizer.
                 "skip_tokenizer_init": chosen == "pooling",
                 # A prompt whose beginning is cached would be answered without the hidden states of that beginning.
@@ -111,7 +115,8 @@ class VllmTeacher:
             kind = LogitCacheError if isinstance(e, RuntimeError) else InputError
             raise kind(f"vLLM cannot run {path!r}: {e}") from e
         arithmetic = str(engine.llm_engine.model_config.dtype).removeprefix("torch.")
-        identity = teacher_identity(path, dtype=arithmetic, engine="vllm", revision=revision)
+        loading: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        identity = teacher_identity(path, dtype=arithmetic, engine="vllm", **loading)
         return cls(engine, identity, chosen, vocab_size=config.get_text_config().vocab_size)
 
     @property
@@ -132,7 +137,11 @@ class VllmTeacher:
     def score(self, requests: Sequence[ScoringRequest], k: int) -> list[TopKLogProbs]:
         """See `Teacher.score`."""
         check_requests(requests, k, self)
-        answers = (self._by_pooling if self.route == "pooling" else self._by_prompt_logprobs)(requests, k)
+        try:
+            answers = (self._by_pooling if self.route == "pooling" else self._by_prompt_logprobs)(requests, k)
+        except Exception as e:
+            # Requests that it had begun and the ranks of a model are where the failure left them.
+            raise TeacherLostError(f"vLLM has failed: {type(e).__name__}: {e}") from e
         for i, answer in enumerate(answers):
             _check_finite(answer, f"request {i}")
         return answers
