@@ -2,26 +2,29 @@
 
 Models: two Qwen2 of random weights, float32 on two threads; `153M` has Qwen2's own vocabulary.
 Text: the first records of the file under a byte-level BPE of 8,192 ids trained on it; targets are the answers.
-All variants are timed in turn within each round; ratios are medians of those within a round. Ratios of wall time are
-what a user sees; those of the process's CPU time hardly move when other work shares the machine.
+What is compared is timed in turn within each round; ratios are medians of those within a round. Ratios of wall time are
+what a user sees; those of the process's CPU time move less when other work shares the machine.
 
     engine     `TransformersTeacher.score`, k = 64
     bare       the same batches through the backbone, and the head at the same target positions, in the same chunks into
                the same memory; nothing is kept of the logits
-    obvious    batches of 8 in corpus order, padded, with attention mask; log-softmax over [n, T, V], top-k and gather
-               of the label; no tail
+    obvious_n  batches of n in corpus order, padded, with attention mask; log-softmax over [n, T, V], top-k and gather
+               of the label; no tail. It holds two arrays [n, T, V]; an n whose arrays do not fit is left out
 
-`arithmetic` is what `obvious` multiplies over what `engine` must: the ratio of a teacher so large that nothing else
+`arithmetic` is what `obvious_n` multiplies over what `engine` must: the ratio of a teacher so large that nothing else
 counts.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +40,11 @@ from logitcache_pipeline.engines.transformers import TransformersTeacher
 GSM8K = Path(__file__).parents[3] / "shared/data/gsm8k-1000.jsonl"
 K = 64
 THREADS = 2
-ROUNDS = 3
-OBVIOUS_BATCH = 8
-
-
+BARE_ROUNDS = 7
+OBVIOUS_ROUNDS = 2
+OBVIOUS_BATCHES = (8, 16, 32)
 SHAPES = {"42M": Shape(32768, 512, 1408, 8), "153M": Shape(151936, 768, 2048, 6)}
-NUM_RECORDS = {"42M": 48, "153M": 20}
+NUM_RECORDS = {"42M": 64, "153M": 32}
 """That each model scores."""
 
 
@@ -60,37 +62,41 @@ def run() -> dict[str, Any]:
 
 def measure(shape: Shape, requests: list[ScoringRequest]) -> dict[str, Any]:
     """One model, with the thread count as it is."""
-    num_tokens = sum(len(r.input_ids) for r in requests)
-    num_targets = sum(len(r.target_positions) for r in requests)
     with tempfile.TemporaryDirectory() as folder:
         model = random_qwen2(shape).eval()
         model.save_pretrained(folder)
         teacher = TransformersTeacher.load(folder, dtype="float32", device="cpu")
-    variants: dict[str, Callable[[], object]] = {
-        "engine": lambda: teacher.score(requests, K),
-        "bare": lambda: bare(teacher, requests),
-        "obvious": lambda: [*obvious(model, requests)],
-    }
-    wall, cpu = interleaved(variants)
-    head = shape.vocab_size * shape.hidden_size
-    backbone = model.num_parameters() - head
-    lengths = [len(r.input_ids) for r in requests]
-    padded = [lengths[i : i + OBVIOUS_BATCH] for i in range(0, len(lengths), OBVIOUS_BATCH)]
-    num_padded = sum(len(batch) * max(batch) for batch in padded)
+    engine = {"engine": lambda: teacher.score(requests, K)}
+    sizes = affordable_batches(shape, requests)
     return {
         "parameters": model.num_parameters(),
         "shape": f"D={shape.hidden_size}, {shape.num_layers} layers, V={shape.vocab_size}",
         "layout": teacher.layout,
         "samples": len(requests),
-        "tokens": num_tokens,
-        "targets": num_targets,
-        "padding_share_of_obvious": 1 - num_tokens / num_padded,
-        "tokens_per_second": {name: num_tokens / statistics.median(seconds) for name, seconds in wall.items()},
-        **{f"engine_over_{name}": ratio(wall, name) for name in wall if name != "engine"},
-        **{f"engine_over_{name}_cpu_time": ratio(cpu, name) for name in cpu if name != "engine"},
-        "arithmetic": num_padded * (backbone + head) / (num_tokens * backbone + num_targets * head),
+        "tokens": sum(len(r.input_ids) for r in requests),
+        "targets": sum(len(r.target_positions) for r in requests),
+        **compare({**engine, "bare": lambda: bare(teacher, requests)}, BARE_ROUNDS),
+        **compare({**engine, **{f"obvious_{n}": partial(obvious, model, requests, n) for n in sizes}}, OBVIOUS_ROUNDS),
+        "arithmetic": {f"obvious_{n}": arithmetic(model, shape, requests, n) for n in sizes},
         "max_abs_difference": max_differences(teacher, model, requests[:16]),
     }
+
+
+def affordable_batches(shape: Shape, requests: list[ScoringRequest]) -> list[int]:
+    """Sizes of batches whose two arrays [n, T, V] fit into this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    longest = max(len(r.input_ids) for r in requests)
+    return [n for n in OBVIOUS_BATCHES if 2 * 4 * n * longest * shape.vocab_size < 0.7 * memory]
+
+
+def arithmetic(model: Qwen2ForCausalLM, shape: Shape, requests: list[ScoringRequest], batch_size: int) -> float:
+    """See the module's docstring."""
+    lengths = [len(r.input_ids) for r in requests]
+    num_padded = sum(len(rows) * max(rows) for rows in batched(lengths, batch_size))
+    num_targets = sum(len(r.target_positions) for r in requests)
+    head = shape.vocab_size * shape.hidden_size
+    backbone = model.num_parameters() - head
+    return num_padded * (backbone + head) / (sum(lengths) * backbone + num_targets * head)
 
 
 def gsm8k_requests(num_records: int) -> list[ScoringRequest]:
@@ -115,24 +121,28 @@ def gsm8k_requests(num_records: int) -> list[ScoringRequest]:
     return requests
 
 
-def interleaved(variants: dict[str, Callable[[], object]]) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Wall and CPU seconds of each variant in each round; a first round of all but the last is not counted."""
-    wall: dict[str, list[float]] = {name: [] for name in variants}
-    cpu: dict[str, list[float]] = {name: [] for name in variants}
-    for variant in list(variants.values())[:-1]:
+def compare(variants: dict[str, Callable[[], object]], num_rounds: int) -> dict[str, float]:
+    """How many times as fast as each other variant the engine is, by wall and by CPU time, the median over rounds.
+
+    A first round of the first two is not counted.
+    """
+    for variant in list(variants.values())[:2]:
         variant()
-    for _ in range(ROUNDS):
-        for name, variant in variants.items():
-            start = time.perf_counter(), time.process_time()
-            variant()
-            wall[name].append(time.perf_counter() - start[0])
-            cpu[name].append(time.process_time() - start[1])
-    return wall, cpu
+    ratios = defaultdict(list)
+    for _ in range(num_rounds):
+        seconds = {name: timed(variant) for name, variant in variants.items()}
+        wall, cpu = seconds.pop("engine")
+        for name, (other_wall, other_cpu) in seconds.items():
+            ratios[f"engine_over_{name}"].append(other_wall / wall)
+            ratios[f"engine_over_{name}_cpu_time"].append(other_cpu / cpu)
+    return {name: statistics.median(values) for name, values in ratios.items()}
 
 
-def ratio(seconds: dict[str, list[float]], name: str) -> float:
-    """How many times as fast as `name` the engine is, the median over rounds."""
-    return statistics.median(b / a for a, b in zip(seconds["engine"], seconds[name], strict=True))
+def timed(variant: Callable[[], object]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    start = time.perf_counter(), time.process_time()
+    variant()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 @torch.inference_mode()
@@ -146,10 +156,10 @@ def bare(teacher: TransformersTeacher, requests: list[ScoringRequest]) -> None:
 
 
 @torch.inference_mode()
-def obvious(model: Qwen2ForCausalLM, requests: list[ScoringRequest]) -> Iterator[tuple[np.ndarray, ...]]:
+def obvious(model: Qwen2ForCausalLM, requests: list[ScoringRequest], batch_size: int) -> list[tuple[np.ndarray, ...]]:
     """What one writes first: ids, log-probs and label log-probs of each request."""
-    for start in range(0, len(requests), OBVIOUS_BATCH):
-        batch = requests[start : start + OBVIOUS_BATCH]
+    scored = []
+    for batch in batched(requests, batch_size):
         rows = [torch.from_numpy(r.input_ids.astype(np.int64)) for r in batch]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -158,7 +168,13 @@ def obvious(model: Qwen2ForCausalLM, requests: list[ScoringRequest]) -> Iterator
         label = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
         for i, request in enumerate(batch):
             at = torch.from_numpy(request.target_positions.astype(np.int64)) - 1
-            yield top.indices[i, at].numpy(), top.values[i, at].numpy(), label[i, at].numpy()
+            scored.append((top.indices[i, at].numpy(), top.values[i, at].numpy(), label[i, at].numpy()))
+    return scored
+
+
+def batched(items: list[Any], n: int) -> list[list[Any]]:
+    """Runs of n in their order; the last may be shorter."""
+    return [items[i : i + n] for i in range(0, len(items), n)]
 
 
 @torch.inference_mode()
