@@ -20,7 +20,7 @@ from logitcache_pipeline.cluster import ray_cluster
 from logitcache_pipeline.run import RunSettings, run_shards
 from logitcache_pipeline.worker import ShardOutcome, ShardTask, WorkerInfo, _ray_nodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.timeout(120)]
 
 DRIVER = """
 import sys

@@ -76,6 +76,7 @@ def test_a_lasting_fault_is_quarantined_and_the_others_are_done(tmp_path, fault,
 
 
 @pytest.mark.slow
+@pytest.mark.rehearsal
 def test_many_faults_at_once_lose_only_the_shards_that_cannot_be_scored(tmp_path):
     faults = {
         "start": ("exit", 1),
@@ -259,6 +260,7 @@ def test_a_run_goes_on_without_a_worker_that_never_starts(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.rehearsal
 def test_a_lost_node_costs_its_shard_an_attempt(tmp_path, cluster):
     """One worker on each of two nodes; the second node goes for good while it is scoring."""
     node = cluster.add_node(num_cpus=1, resources={"second": 1})
