@@ -195,7 +195,7 @@ def test_a_node_that_is_drained_is_left(tmp_path, cluster):
 def test_no_more_workers_than_shards(tmp_path):
     events = run(tmp_path, 2, {0: ("slow", 1), 1: ("slow", 1)}, num_workers=5)
     assert sorted(events.committed_shards) == [0, 1]
-    assert attempts(tmp_path, "start") == 2
+    assert attempts(tmp_path, "start") <= 2  # a fast one may have scored both before the other has started
 
 
 def test_a_worker_that_finds_no_room_is_not_waited_for(tmp_path):
