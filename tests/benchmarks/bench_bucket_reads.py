@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from local_bucket import URL, Bucket, User, local_bucket
 from teacher_rows import VOCAB_SIZE, K, synthetic_rows
 
 from logitcache_storage import Cache
@@ -25,31 +23,18 @@ from logitcache_storage.testing import make_identity, write_cache
 from logitcache_train.data import CachedSamples, GlobalBatchSampler
 from logitcache_train.objectives import objective
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "rehearsal"))
-from bucket import Bucket, User, free_port, server_command, wait_until_up
-
 NUM_SAMPLES, PROMPT_TOKENS, TARGET_TOKENS = 700, 150, 300
 SHARD_ROWS, WINDOW_SHARDS, BATCH_TOKENS = 4096, 2, 20_000
 NUM_RANKS, NUM_EPOCHS = 2, 3
 LOCAL_BYTES = 24_000_000
-URL, REGION = "s3://corpus/cache", "eu-central-1"
 MOST = 1.05
 
 
 def run() -> dict[str, Any]:
     """Bytes of each epoch over those of the shards."""
-    port = free_port()
-    server = subprocess.Popen(server_command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_up(server, port)
-        bucket = Bucket("corpus", port, REGION)
-        bucket.create()
-        writer, reader = (bucket.add_user(name, name) for name in ("writer", "reader"))
+    with local_bucket() as (bucket, writer, reader):
         needed = _write(bucket, writer)
         sent = _read(bucket, reader)
-    finally:
-        server.terminate()
-        server.wait(10)
     ratios = [round(num_bytes / needed, 4) for num_bytes in np.diff(sent, prepend=0).tolist()]
     return {
         "bytes_of_shards": needed,

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from local_bucket import URL, local_bucket
 
 from logitcache_storage import Cache, TopKLogProbs
 from logitcache_storage.commit import commit_shard, create_or_continue, load_commits, new_attempt, write_manifest
@@ -47,9 +48,6 @@ from logitcache_storage.statistics_object import dump_statistics, summarise
 from logitcache_storage.testing import make_identity, write_cache
 from logitcache_storage.vocabulary import VOCABULARY_SCHEMA
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "deploy" / "rehearsal"))
-from bucket import Bucket, free_port, server_command, wait_until_up
-
 NUM_SAMPLES = 1_000_000
 SAMPLES_PER_PART = 65_536
 SAMPLES_PER_SHARD = 8192
@@ -60,7 +58,6 @@ RARE = "zyzzyva"
 NUM_REMOTE, REMOTE_TARGETS, REMOTE_SHARD_ROWS = 1024, 128, 65_536
 """Of the cache on S3, k = 64, in two shards."""
 REMOTE_LOOKED_AT = (0, 300, 513, 700, 1023)
-REMOTE_URL, REGION = "s3://corpus/cache", "eu-central-1"
 
 
 def run() -> dict[str, Any]:
@@ -296,23 +293,14 @@ def measure_pages(folder: str) -> dict[str, Any]:
 
 def measure_remote() -> dict[str, Any]:
     """Seconds of pages of samples on an S3 server, and the bytes that it sent for them."""
-    port = free_port()
-    server = subprocess.Popen(server_command(port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_until_up(server, port)
-        bucket = Bucket("corpus", port, REGION)
-        bucket.create()
-        writer, reader = (bucket.add_user(name, name) for name in ("writer", "reader"))
+    with local_bucket() as (bucket, writer, reader):
         shard_bytes = _write_remote(writer.environment(bucket))
-        with _served(REMOTE_URL, reader.environment(bucket)) as (_, address):
+        with _served(URL, reader.environment(bucket)) as (_, address):
             _wait_for_statistics(address)
             _seconds(f"{address}/samples/1")  # modules and templates
             before = bucket.bytes_read(reader)
             seconds = [_seconds(f"{address}/samples/{i}") for i in REMOTE_LOOKED_AT]
             sent = bucket.bytes_read(reader) - before
-    finally:
-        server.terminate()
-        server.wait(10)
     of_shards = sum(count for path, count in sent.items() if "/shards/" in path)
     return {
         "seconds_of_samples": seconds,
@@ -334,8 +322,8 @@ def _write_remote(environment: Mapping[str, str]) -> int:
         topks.append(topk[at : at + REMOTE_TARGETS])
     os.environ |= environment
     identity = make_identity(k=64, vocab_size=VOCAB_SIZE, shard_rows=REMOTE_SHARD_ROWS)
-    write_cache(REMOTE_URL, samples, topks, identity=identity)
-    objects = Cache.open(REMOTE_URL).shards[0].objects
+    write_cache(URL, samples, topks, identity=identity)
+    objects = Cache.open(URL).shards[0].objects
     return sum(item.size for item in objects if item.path.startswith("shards/"))
 
 
