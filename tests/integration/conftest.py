@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+WAIT_MS = 120_000
+"""Other tests may have all the cores, and a server that has just started may read its libraries from a cold disk."""
+
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
@@ -24,7 +27,7 @@ def chromium() -> Iterator[Any]:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    playwright.expect.set_options(timeout=30_000)  # of milliseconds: other tests may have all the cores
+    playwright.expect.set_options(timeout=WAIT_MS)
     with playwright.sync_playwright() as p:
         # Its sandbox refuses to run as root.
         browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
@@ -45,6 +48,7 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         def open_(address: str, *, width: int = 1280, height: int = 900, **options: Any) -> Any:
             context = chromium.new_context(viewport={"width": width, "height": height}, **options)
             contexts.callback(context.close)
+            context.set_default_timeout(WAIT_MS)
             page = context.new_page()
             origin = address.split("/", 3)[2]
             page.on("pageerror", lambda error: problems.append(str(error)))

@@ -241,3 +241,21 @@ def test_a_sample_in_a_bucket_costs_its_own_chunks(s3_server):
     before = dict(store.num_bytes)
     assert client.get("/samples/200/positions/127").status_code == 200
     assert store.num_bytes == before  # the sample is in memory
+
+
+@pytest.mark.parametrize("path", ["/", "/samples", "/doubtful"])
+def test_statistics_that_come_while_a_page_is_made_are_still_waited_for(tmp_path, monkeypatch, path):
+    samples, topks = make_samples(30, K, VOCAB)
+    write_cache(str(tmp_path), samples, topks, identity=IDENTITY)
+    site = Site(Cache.open(str(tmp_path)))
+    site.first.load_table()
+    client = testclient.TestClient(create_app(site, Access(None)), base_url="http://localhost")
+    whole, seen = site.first.table, []
+
+    def late(side):
+        seen.append(side)
+        return None if len(seen) == 1 else whole
+
+    monkeypatch.setattr(type(site.first), "table", property(late, lambda side, value: None), raising=False)
+    assert 'data-poll="/progress"' in client.get(path).text
+    assert 'data-poll="/progress"' not in client.get(path).text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -29,25 +30,25 @@ TOKENS_BEFORE, CHARACTERS_BEFORE = 16, 48
 def show(request: Request) -> Response:
     """The surest doubts."""
     side, query = site_of(request).first, Query(request)
+    table = side.table
     threshold, limit = _threshold(query), query.integer("limit", STEP, low=1, high=MOST_SHOWN)
-    if side.table is None:
-        return render(request, "doubtful.html", title="Doubtful labels", side=side, found=None, threshold=threshold)
-    found = doubtful_positions(side.cache, side.table, min_probability=threshold, limit=limit)
+    about: dict[str, Any] = {"title": "Doubtful labels", "side": side, "table": table, "threshold": threshold}
+    if table is None:
+        return render(request, "doubtful.html", found=None, **about)
+    found = doubtful_positions(side.cache, table, min_probability=threshold, limit=limit)
     more = min(limit + STEP, MOST_SHOWN)
     return render(
         request,
         "doubtful.html",
-        title="Doubtful labels",
-        side=side,
         found=found,
-        problems=[problem for problem in found.problems if problem not in side.table.problems.values()],
-        threshold=threshold,
+        problems=[problem for problem in found.problems if problem not in table.problems.values()],
         name_of=lambda item: sample_name(item.index, item.key),
         before=lambda item: _before(side.cache, item),
         more=link("/doubtful", min_probability=threshold, limit=more) if more > limit and not found.is_complete else "",
         most_shown=MOST_SHOWN,
         csv=link("/doubtful.csv", min_probability=threshold),
         parquet=link("/doubtful.parquet", min_probability=threshold),
+        **about,
     )
 
 

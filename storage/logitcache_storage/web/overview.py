@@ -18,8 +18,8 @@ from logitcache_storage.web.page import Page, link, render, render_fragment, sit
 def show(request: Request) -> Response:
     """Identity, progress, histograms."""
     site = site_of(request)
-    side = site.first
-    found = overview(side.cache, side.table)
+    side, table = site.first, site.first.table
+    found = overview(side.cache, table)
     return render(
         request,
         "overview.html",
@@ -28,6 +28,7 @@ def show(request: Request) -> Response:
         facts=identity_facts(side.cache.identity),
         plots=[plot(item) for item in found.histograms],
         side=side,
+        table=table,
     )
 
 

@@ -126,6 +126,7 @@ def _listed(side: Side, query: Query) -> dict[str, Any]:
         raise InputError(f"page {page:,} of {num_pages:,}")
     rows, problem = _described(side.cache, table, [int(i) for i in indices[(page - 1) * PER_PAGE : page * PER_PAGE]])
     return {
+        "table": table,
         "rows": rows,
         "problem": problem,
         "order": order,
@@ -139,11 +140,13 @@ def _listed(side: Side, query: Query) -> dict[str, Any]:
 
 def _found(side: Side, wanted: str, after: str) -> dict[str, Any]:
     result = side.search.search(wanted, after=after, limit=PER_PAGE)
-    rows, problem = _described(side.cache, side.table, [found.index for found in result.found])
+    table = side.table
+    rows, problem = _described(side.cache, table, [found.index for found in result.found])
     for row, found in zip(rows, result.found, strict=True):
         row["excerpt"] = (found.excerpt[: found.start], found.excerpt[found.start : found.stop])
         row["rest"] = found.excerpt[found.stop :]
     return {
+        "table": table,
         "rows": rows,
         "problem": problem,
         "order": None,
